@@ -1,0 +1,1 @@
+"""Patching: swaps the attention layers of a model."""

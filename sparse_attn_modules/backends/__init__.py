@@ -1,0 +1,49 @@
+"""Backends of ``block_sparse_attention`` and the choice between them."""
+
+from __future__ import annotations
+
+import logging
+
+from . import cuda, flex, gathered, reference
+from .interface import AttentionGradients, AttentionInputs, Backend, Request
+
+__all__ = ["BACKENDS", "AttentionGradients", "AttentionInputs", "Backend", "Request", "select_backend"]
+
+# In order of preference. The reference comes last: it materialises every token pair.
+BACKENDS: dict[str, Backend] = {module.name: module for module in (cuda, flex, gathered, reference)}
+
+_logger = logging.getLogger("sparse_attn_modules")
+_logged: set[str] = set()
+
+
+def select_backend(request: Request, name: str | None = None) -> str:
+    """The backend to use: ``name`` if given, else the first that can run the request.
+
+    Raises:
+        ValueError: if ``name`` is unknown, cannot run the request, or nothing can; with every reason.
+    """
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"block_sparse_attention: backend must be one of {list(BACKENDS)} or None, got {name!r}")
+        reason = BACKENDS[name].why_not(request)
+        if reason is not None:
+            raise ValueError(f"block_sparse_attention: backend '{name}' cannot run: {reason}")
+        return name
+    reasons = []
+    for candidate, backend in BACKENDS.items():
+        reason = backend.why_not(request)
+        if reason is None:
+            if reasons and request.device.type == "cuda":
+                _log_once(f"CUDA tensors fall back to backend '{candidate}': " + "; ".join(reasons))
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    raise ValueError("block_sparse_attention: no backend can run: " + "; ".join(reasons))
+
+
+def _log_once(message: str) -> None:
+    # Looking up the module's set is enough under torch.compile; logging itself would break the graph.
+    import torch
+
+    if not torch.compiler.is_compiling() and message not in _logged:
+        _logged.add(message)
+        _logger.warning(message)

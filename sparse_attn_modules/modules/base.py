@@ -1,0 +1,92 @@
+"""What the attention modules share: a pattern, the masks made from it, and the call of the operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..block_mask import BlockMask
+from ..functional import block_sparse_attention
+from ..patterns import Dense, Pattern
+from ..patterns.traced import register_for_tracing, traced_mask
+from ..token_grid import TokenGrid
+
+
+class SparseAttention(nn.Module):
+    """Base of the attention modules. Holds no parameters of its own and adds nothing to ``state_dict``.
+
+    Args:
+        pattern: which blocks are computed; dense if None.
+        backend: backend of :func:`block_sparse_attention`; the best that can run if None.
+        compute_dtype: dtype in which attention itself runs; that of its inputs if None.
+    """
+
+    def __init__(
+        self, pattern: Pattern | None = None, backend: str | None = None, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.pattern = Dense() if pattern is None else pattern
+        self.backend = backend
+        self.compute_dtype = compute_dtype
+        self._pattern_name = register_for_tracing(self.pattern)
+        self._mask: BlockMask | None = None
+
+    def block_mask(
+        self, query_grid: TokenGrid, num_heads: int, device: torch.device, key_grid: TokenGrid | None = None
+    ) -> BlockMask:
+        """The mask of this layer's pattern on a geometry; the last one is kept."""
+        key_grid = query_grid if key_grid is None else key_grid
+        mask = self._mask
+        if mask is not None and mask.query_grid == query_grid and mask.key_grid == key_grid and mask.device == device:
+            return mask
+        if torch.compiler.is_compiling():
+            return traced_mask(self._pattern_name, query_grid, key_grid, num_heads, device)
+        mask = self.pattern.mask(query_grid, num_heads, key_grid=key_grid, device=device)
+        self._mask = mask
+        return mask
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_grid: TokenGrid,
+        key_grid: TokenGrid | None = None,
+        *,
+        scale: float | None = None,
+        relative_position: tuple[Tensor, Tensor] | None = None,
+        key_padding_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """:func:`block_sparse_attention` under this layer's mask, in ``compute_dtype``; ``[B, H, N, D]`` each."""
+        mask = self.block_mask(query_grid, query.shape[1], query.device, key_grid)
+        dtype = query.dtype
+        if self.compute_dtype is not None:
+            query, key, value = (tensor.to(self.compute_dtype) for tensor in (query, key, value))
+            if relative_position is not None:
+                relative_position = tuple(rel.to(self.compute_dtype) for rel in relative_position)
+        out = block_sparse_attention(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            relative_position=relative_position,
+            key_padding_mask=key_padding_mask,
+            dropout_p=dropout_p,
+            backend=self.backend,
+        )
+        return out if self.compute_dtype is None else out.to(dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A mask can be rebuilt; copies and pickles need not carry it.
+        return {**self.__dict__, "_mask": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pattern_name = register_for_tracing(self.pattern)
+
+    def extra_repr(self) -> str:
+        return f"pattern={self.pattern}"

@@ -1,0 +1,103 @@
+"""Pattern: a rule that makes a block mask from the geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask
+from ..token_grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A frozen, hashable rule. Subclasses implement :meth:`image_blocks` or, for full control, :meth:`blocks`.
+
+    Extra tokens (class, register, prompt) see and are seen by everything unless a subclass overrides :meth:`blocks`.
+    Their blocks count towards a density that is asked for.
+    """
+
+    def image_blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
+        """Bool ``[H | 1, query tiles, key tiles]`` on the CPU."""
+        raise NotImplementedError(f"{type(self).__name__} must implement image_blocks or blocks")
+
+    def blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
+        """Bool ``[H | 1, query blocks, key blocks]`` on the CPU."""
+        image = self.image_blocks(query_grid, key_grid, num_heads)
+        blocks = torch.ones(image.shape[0], query_grid.num_blocks, key_grid.num_blocks, dtype=torch.bool)
+        blocks[:, query_grid.tile_blocks, key_grid.tile_blocks] = image
+        return blocks
+
+    def mask(
+        self,
+        query_grid: TokenGrid,
+        num_heads: int,
+        *,
+        key_grid: TokenGrid | None = None,
+        device: torch.device | str | None = None,
+    ) -> BlockMask:
+        """The block mask of this pattern: built once per geometry, number of heads and device, and shared.
+
+        Raises:
+            ValueError: if the pattern does not fit the geometry or the number of heads.
+        """
+        resolved = torch.device("cpu" if device is None else device)
+        if resolved.type != "cpu" and resolved.index is None:
+            resolved = torch.empty(0, device=resolved).device
+        return _cached_mask(self, query_grid, query_grid if key_grid is None else key_grid, num_heads, resolved)
+
+    def density(self, query_grid: TokenGrid, num_heads: int = 1, *, key_grid: TokenGrid | None = None) -> float:
+        """The fraction of block pairs that this pattern really computes on a geometry."""
+        return self.mask(query_grid, num_heads, key_grid=key_grid).density
+
+
+@lru_cache(maxsize=256)
+def _cached_mask(
+    pattern: Pattern, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int, device: torch.device
+) -> BlockMask:
+    if device.type != "cpu":
+        return _cached_mask(pattern, query_grid, key_grid, num_heads, torch.device("cpu")).to(device)
+    # Left so that a mask first needed in inference mode also serves a later training step.
+    with torch.inference_mode(False):
+        blocks = pattern.blocks(query_grid, key_grid, num_heads)
+        if blocks.dim() != 3 or blocks.shape[0] not in (1, num_heads):
+            raise ValueError(
+                f"{type(pattern).__name__}: blocks must have shape [{num_heads} | 1, {query_grid.num_blocks}, "
+                f"{key_grid.num_blocks}], got {list(blocks.shape)}"
+            )
+        return BlockMask(blocks, query_grid, key_grid)
+
+
+@dataclass(frozen=True)
+class Dense(Pattern):
+    """Every block pair: exact attention."""
+
+    def image_blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
+        return torch.ones(1, query_grid.num_tiles, key_grid.num_tiles, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class CustomPattern(Pattern):
+    """A pattern made by a function.
+
+    Args:
+        function: ``function(query_grid, key_grid, num_heads)`` returns bool ``[H | 1, query tiles, key tiles]``. To be
+            picklable it must be importable by name.
+    """
+
+    function: Callable[[TokenGrid, TokenGrid, int], Tensor]
+
+    def image_blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
+        return self.function(query_grid, key_grid, num_heads)
+
+
+def check_density(pattern: Pattern, density: Any, name: str = "density") -> None:
+    """Raises unless ``density`` is a number in (0, 1]; NaN is not."""
+    is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
+    if not is_number or not 0 < density <= 1:
+        raise ValueError(f"{type(pattern).__name__}: {name} must lie in (0, 1], got {density!r}")
