@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +16,34 @@ _OP = "block_sparse_attention"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = ...,
+    relative_position: tuple[Tensor, Tensor] | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    backend: str | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = ...,
+    relative_position: tuple[Tensor, Tensor] | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    backend: str | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -35,8 +64,8 @@ def block_sparse_attention(
 
     Args:
         query: ``[B, Hq, Nq, D]``, float16, bfloat16, float32 or float64.
-        key, value: ``[B, Hkv, Nk, D]`` of the same dtype and device; ``Hq`` must be a multiple of ``Hkv`` (grouped-query
-            attention).
+        key, value: ``[B, Hkv, Nk, D]`` of the same dtype and device; ``Hq`` must be a multiple of ``Hkv``
+            (grouped-query attention).
         mask: which block pairs are computed; its grids must have ``Nq`` and ``Nk`` tokens.
         scale: factor on ``query · key``; ``D ** -0.5`` if None.
         relative_position: ``(rel_h, rel_w)`` of shapes ``[B, Hq, Nq, key height]`` and ``[B, Hq, Nq, key width]``: the
@@ -120,8 +149,8 @@ def _autocast(
         is_castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
         return tensor.to(dtype) if is_castable else tensor
 
-    if isinstance(relative_position, (tuple, list)):
-        relative_position = tuple(map(cast, relative_position))
+    if isinstance(relative_position, (tuple, list)) and len(relative_position) == 2:
+        relative_position = cast(relative_position[0]), cast(relative_position[1])
     return cast(query), cast(key), cast(value), relative_position
 
 
