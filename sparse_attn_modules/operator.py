@@ -35,9 +35,8 @@ def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _inputs(arguments: tuple[Any, ...]) -> tuple[AttentionInputs, Any]:
     """The backend's view of the operator's arguments, and the backend."""
     *tensors, query_grid, key_grid, scale, dropout_p, is_dense, backend = arguments
-    inputs = AttentionInputs(
-        *tensors, TokenGrid.unpack(query_grid), TokenGrid.unpack(key_grid), scale, dropout_p, is_dense
-    )
+    grids = TokenGrid.unpack(query_grid), TokenGrid.unpack(key_grid)
+    inputs = AttentionInputs(*tensors, *grids, scale, dropout_p, is_dense)  # type: ignore[call-arg]
     return inputs, BACKENDS[backend]
 
 

@@ -27,7 +27,7 @@ def _derived() -> Any:
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Tokens of one image: ``prefix`` extra tokens, ``height × width`` patches in raster order, ``suffix`` extra tokens.
+    """Tokens of one image: ``prefix`` extra tokens, the patches in raster order, ``suffix`` extra tokens.
 
     Blocks are numbered in the same order: blocks of prefix tokens, tiles in raster order, blocks of suffix tokens.
     Tiles at the lower and right edge may be smaller than ``tile``, as may the last block of extra tokens.
@@ -131,10 +131,9 @@ class TokenGrid:
         return _patch_positions(self, device)[1]
 
     def __str__(self) -> str:
-        extras = "".join(
-            f" {name} {count}" for name, count in (("prefix", self.prefix), ("suffix", self.suffix)) if count
-        )
-        return f"{self.height}×{self.width}{extras} in tiles of {self.tile[0]}×{self.tile[1]}"
+        prefix = f"{self.prefix} + " if self.prefix else ""
+        suffix = f" + {self.suffix}" if self.suffix else ""
+        return f"{prefix}{self.height}×{self.width}{suffix} tokens in tiles of {self.tile[0]}×{self.tile[1]}"
 
 
 def _cached_per_device(build: Callable[[TokenGrid], tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:

@@ -29,7 +29,7 @@ def select_backend(request: Request, name: str | None = None) -> str:
         if reason is not None:
             raise ValueError(f"block_sparse_attention: backend '{name}' cannot run: {reason}")
         return name
-    reasons = []
+    reasons: list[str] = []
     for candidate, backend in BACKENDS.items():
         reason = backend.why_not(request)
         if reason is None:

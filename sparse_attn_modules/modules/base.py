@@ -66,7 +66,8 @@ class SparseAttention(nn.Module):
         if self.compute_dtype is not None:
             query, key, value = (tensor.to(self.compute_dtype) for tensor in (query, key, value))
             if relative_position is not None:
-                relative_position = tuple(rel.to(self.compute_dtype) for rel in relative_position)
+                rel_h, rel_w = relative_position
+                relative_position = rel_h.to(self.compute_dtype), rel_w.to(self.compute_dtype)
         out = block_sparse_attention(
             query,
             key,
