@@ -1,5 +1,27 @@
 """Patterns: rules that choose which blocks attention computes."""
 
 from .base import CustomPattern, Dense, Pattern
+from .combined import Hybrid, ImageToPrompt, Union
+from .local import DilatedLocal, LocalWindow, MultiScale, Streaming
+from .names import NAMED_PATTERNS, resolve_pattern
+from .spread import Butterfly, GlobalLocal, Random, RegionFocused, Strided
 
-__all__ = ["CustomPattern", "Dense", "Pattern"]
+__all__ = [
+    "NAMED_PATTERNS",
+    "Butterfly",
+    "CustomPattern",
+    "Dense",
+    "DilatedLocal",
+    "GlobalLocal",
+    "Hybrid",
+    "ImageToPrompt",
+    "LocalWindow",
+    "MultiScale",
+    "Pattern",
+    "Random",
+    "RegionFocused",
+    "Streaming",
+    "Strided",
+    "Union",
+    "resolve_pattern",
+]

@@ -51,7 +51,13 @@ class Pattern:
             resolved = torch.empty(0, device=resolved).device
         return _cached_mask(self, query_grid, query_grid if key_grid is None else key_grid, num_heads, resolved)
 
-    def density(self, query_grid: TokenGrid, num_heads: int = 1, *, key_grid: TokenGrid | None = None) -> float:
+    def __or__(self, other: Pattern) -> Pattern:
+        """Pairs active in either pattern."""
+        from .combined import Union
+
+        return Union((self, other))
+
+    def density_on(self, query_grid: TokenGrid, num_heads: int = 1, *, key_grid: TokenGrid | None = None) -> float:
         """The fraction of block pairs that this pattern really computes on a geometry."""
         return self.mask(query_grid, num_heads, key_grid=key_grid).density
 
@@ -96,8 +102,22 @@ class CustomPattern(Pattern):
         return self.function(query_grid, key_grid, num_heads)
 
 
-def check_density(pattern: Pattern, density: Any, name: str = "density") -> None:
+def check_density(pattern: Pattern, density: Any) -> None:
     """Raises unless ``density`` is a number in (0, 1]; NaN is not."""
     is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
     if not is_number or not 0 < density <= 1:
-        raise ValueError(f"{type(pattern).__name__}: {name} must lie in (0, 1], got {density!r}")
+        raise ValueError(f"{type(pattern).__name__}: density must lie in (0, 1], got {density!r}")
+
+
+def check_count(pattern: Pattern, name: str, value: Any, least: int) -> None:
+    """Raises unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{type(pattern).__name__}: {name} must be an integer ≥ {least}, got {value!r}")
+
+
+def check_one_of(pattern: Pattern, **values: Any) -> None:
+    """Raises unless exactly one of the named values is given."""
+    given = [name for name, value in values.items() if value is not None]
+    if len(given) != 1:
+        names = " or ".join(values)
+        raise ValueError(f"{type(pattern).__name__}: exactly one of {names} must be given, got {given or 'none'}")

@@ -48,10 +48,19 @@ def gap_between_tiles(query_grid: TokenGrid, key_grid: TokenGrid) -> Tensor:
     return gap.reshape(query_grid.num_tiles, key_grid.num_tiles)
 
 
-def tiles_for_density(density: float, query_grid: TokenGrid, key_grid: TokenGrid) -> int:
-    """Key tiles per query tile that give a row the density asked for, next to the key blocks of extra tokens."""
+def tiles_for_density(density: float, query_grid: TokenGrid, key_grid: TokenGrid, dense_tiles: int = 0) -> int:
+    """Key tiles per query tile with which the whole mask has the density asked for, to the nearest tile.
+
+    Blocks of extra tokens, and ``dense_tiles`` of the query tiles, see everything and count towards the density, as do
+    the extra tokens that every query tile sees. At least one tile is left, which a very low density may exceed.
+    """
+    dense_rows = query_grid.num_blocks - query_grid.num_tiles + dense_tiles
+    sparse_rows = query_grid.num_tiles - dense_tiles
+    if sparse_rows <= 0:
+        return key_grid.num_tiles
+    wanted = density * key_grid.num_blocks * query_grid.num_blocks - dense_rows * key_grid.num_blocks
     extra = key_grid.num_blocks - key_grid.num_tiles
-    return min(max(round(density * key_grid.num_blocks) - extra, 1), key_grid.num_tiles)
+    return min(max(round(wanted / sparse_rows) - extra, 1), key_grid.num_tiles)
 
 
 def lowest(cost: Tensor, count: int) -> Tensor:
@@ -60,7 +69,12 @@ def lowest(cost: Tensor, count: int) -> Tensor:
     return torch.zeros(cost.shape, dtype=torch.bool).scatter_(-1, keep, True)
 
 
-def own_tile_first(cost: Tensor, query_grid: TokenGrid, key_grid: TokenGrid) -> Tensor:
-    """The cost with each query tile's nearest key tile put before all others."""
-    nearest = patch_distance(query_grid, key_grid).argmin(-1, keepdim=True).expand(*cost.shape[:-1], 1)
-    return cost.scatter(-1, nearest, -torch.inf)
+def nearest_tile(query_grid: TokenGrid, key_grid: TokenGrid) -> Tensor:
+    """The key tile that lies over each query tile: int64 ``[query tiles]``; the tile itself on equal grids."""
+    return patch_distance(query_grid, key_grid).argmin(-1)
+
+
+def with_own_tile(cost: Tensor, query_grid: TokenGrid, key_grid: TokenGrid) -> Tensor:
+    """The cost with each query tile's own key tile put before all others."""
+    own = nearest_tile(query_grid, key_grid)[:, None].expand(*cost.shape[:-1], 1)
+    return cost.scatter(-1, own, -torch.inf)
