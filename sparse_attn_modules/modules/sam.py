@@ -1,0 +1,274 @@
+"""Attention of the Segment Anything image encoder, with its decomposed relative position, block-sparse.
+
+The bias of a query is kept as its two factors, one value per key row and one per key column; the operator adds them
+where it computes a block. Nothing of the size of all token pairs is ever made.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..block_mask import BlockMask
+from ..patterns import Dense, Pattern
+from ..patterns.traced import register_for_tracing, traced_mask
+from ..token_grid import TokenGrid
+from .base import SparseAttention
+from .skipping import why_skipping_cannot_pay
+
+_NAME = "SAMAttentionSparse"
+_DENSE = register_for_tracing(Dense())
+_REPLACED = (
+    ("segment_anything.modeling.image_encoder", "Attention"),
+    ("timm.models.vision_transformer_sam", "Attention"),
+)
+
+
+class SAMAttentionSparse(SparseAttention):
+    """Drop-in for the attention of ``segment_anything``'s image encoder and of timm's ``samvit`` models.
+
+    Where skipping cannot pay (windows of 14 × 14, grids of a few tiles) attention stays dense whatever the pattern;
+    :func:`why_skipping_cannot_pay` gives the reason.
+
+    Args:
+        embed_dim: number of channels.
+        num_heads: number of heads; must divide ``embed_dim``.
+        qkv_bias: whether the fused projection has a bias.
+        use_rel_pos: whether there is a decomposed relative position (MViTv2, arXiv:2112.01526).
+        input_size: (height, width) in patches for which the relative-position tables are made; needed with
+            ``use_rel_pos``. On other grids the tables are interpolated.
+        pattern, backend, compute_dtype: as for :class:`SparseAttention`.
+
+    Raises:
+        ValueError: if a size is not as described.
+    """
+
+    attn_drop: nn.Dropout
+    rel_pos_h: nn.Parameter
+    rel_pos_w: nn.Parameter
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        use_rel_pos: bool = False,
+        input_size: tuple[int, int] | None = None,
+        *,
+        pattern: Pattern | None = None,
+        backend: str | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"{_NAME}: embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        if use_rel_pos and (input_size is None or len(input_size) != 2 or min(input_size) < 1):
+            raise ValueError(f"{_NAME}: input_size must be (height, width) with use_rel_pos, got {input_size}")
+        super().__init__(pattern, backend, compute_dtype)
+        head_dim = embed_dim // num_heads
+        rel_pos_h = rel_pos_w = None
+        if use_rel_pos and input_size is not None:
+            rel_pos_h, rel_pos_w = (nn.Parameter(torch.zeros(2 * size - 1, head_dim)) for size in input_size)
+        self._set_parts(
+            num_heads,
+            head_dim**-0.5,
+            nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias),
+            nn.Linear(embed_dim, embed_dim),
+            rel_pos_h,
+            rel_pos_w,
+        )
+
+    @classmethod
+    def from_module(
+        cls,
+        layer: nn.Module,
+        pattern: Pattern | None = None,
+        backend: str | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> SAMAttentionSparse:
+        """The replacement of a layer, made of the very submodules and parameters of that layer.
+
+        Raises:
+            TypeError: if the layer is neither of the two classes; their subclasses may compute something else.
+        """
+        if not any(type(layer) is getattr(sys.modules.get(module), name, None) for module, name in _REPLACED):
+            raise TypeError(
+                f"{_NAME}.from_module: layer must be the Attention of segment_anything's image encoder or of "
+                f"timm's vision_transformer_sam, got {type(layer).__module__}.{type(layer).__qualname__}"
+            )
+        parts: Any = layer
+        new = cls.__new__(cls)
+        SparseAttention.__init__(new, pattern, backend, compute_dtype)
+        new._set_parts(
+            parts.num_heads,
+            parts.scale,
+            parts.qkv,
+            parts.proj,
+            parts.rel_pos_h if parts.use_rel_pos else None,
+            parts.rel_pos_w if parts.use_rel_pos else None,
+            **{name: getattr(parts, name, None) for name in ("q_norm", "k_norm", "attn_drop", "proj_drop", "rope")},
+        )
+        new.training = layer.training
+        return new
+
+    def _set_parts(
+        self,
+        num_heads: int,
+        scale: float,
+        qkv: nn.Module,
+        proj: nn.Module,
+        rel_pos_h: nn.Parameter | None,
+        rel_pos_w: nn.Parameter | None,
+        *,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        attn_drop: nn.Dropout | None = None,
+        proj_drop: nn.Module | None = None,
+        rope: nn.Module | None = None,
+    ) -> None:
+        self.num_heads = num_heads
+        self.scale = scale
+        self.use_rel_pos = rel_pos_h is not None
+        if rel_pos_h is not None and rel_pos_w is not None:
+            self.rel_pos_h = rel_pos_h
+            self.rel_pos_w = rel_pos_w
+        self.qkv = qkv
+        self.q_norm = nn.Identity() if q_norm is None else q_norm
+        self.k_norm = nn.Identity() if k_norm is None else k_norm
+        self.attn_drop = nn.Dropout(0.0) if attn_drop is None else attn_drop
+        self.proj = proj
+        self.proj_drop = nn.Identity() if proj_drop is None else proj_drop
+        self.rope = rope
+
+    def forward(
+        self,
+        x: Tensor,
+        num_image_tokens: int | None = None,
+        num_prompt_tokens: int | None = None,
+        grid_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Self-attention among patches, or among patches and prompt tokens.
+
+        Args:
+            x: ``[B, H, W, C]``, or ``[B, N, C]``: the patches in raster order, then the prompt tokens. Prompt tokens
+                have no relative position, neither as queries nor as keys.
+            num_image_tokens: number of patches of ``[B, N, C]``; the rest of the tokens by default.
+            num_prompt_tokens: number of prompt tokens of ``[B, N, C]``; the rest of the tokens by default.
+            grid_size: (height, width) in patches for ``[B, N, C]``; square by default.
+
+        Returns:
+            The shape of ``x``.
+
+        Raises:
+            ValueError: if the numbers of tokens do not add up, or no grid is known for the patches.
+        """
+        grid = _token_grid(x, num_image_tokens, num_prompt_tokens, grid_size)
+        batch = x.shape[0]
+        qkv = self.qkv(x).reshape(batch, grid.num_tokens, 3, self.num_heads, -1)  # [B, N, 3, heads, D]
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, heads, N, D], views
+        query, key = self.q_norm(query), self.k_norm(key)
+        relative_position = self._relative_position(query, grid) if self.use_rel_pos else None
+        if self.rope is not None:
+            query, key = self._rotate(self.rope, query, key, grid)
+        out = self.attend(
+            query,
+            key,
+            value,
+            grid,
+            scale=self.scale,
+            relative_position=relative_position,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+        )
+        out = out.transpose(1, 2).reshape(*x.shape[:-1], -1)  # [B, heads, N, D] -> the shape of x
+        return self.proj_drop(self.proj(out))
+
+    def block_mask(
+        self, query_grid: TokenGrid, num_heads: int, device: torch.device, key_grid: TokenGrid | None = None
+    ) -> BlockMask:
+        """The mask of this layer's pattern on a geometry; dense where skipping cannot pay."""
+        if why_skipping_cannot_pay(query_grid, key_grid) is None:
+            return super().block_mask(query_grid, num_heads, device, key_grid)
+        if torch.compiler.is_compiling():
+            return traced_mask(_DENSE, query_grid, key_grid or query_grid, num_heads, device)
+        return Dense().mask(query_grid, num_heads, key_grid=key_grid, device=device)
+
+    def _relative_position(self, query: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        """The bias of each query per key row, ``[B, heads, N, H]``, and per key column, ``[B, heads, N, W]``."""
+        patches = query[:, :, : grid.num_patches].unflatten(2, (grid.height, grid.width))  # [B, heads, H, W, D]
+        rel_h = torch.einsum("bnhwd,hkd->bnhwk", patches, _between_positions(self.rel_pos_h, grid.height))
+        rel_w = torch.einsum("bnhwd,wkd->bnhwk", patches, _between_positions(self.rel_pos_w, grid.width))
+        rel_h, rel_w = rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+        if grid.suffix:
+            rel_h, rel_w = (F.pad(rel, (0, 0, 0, grid.suffix)) for rel in (rel_h, rel_w))
+        return rel_h, rel_w
+
+    def _rotate(self, rope: Any, query: Tensor, key: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        """Rotary position of the patches; prompt tokens have none."""
+        from timm.layers import apply_rot_embed_cat
+
+        embedding = rope.get_embed()  # [patches, 2 D]
+        if embedding.shape[0] != grid.num_patches:
+            raise ValueError(
+                f"{_NAME}: x must have the {embedding.shape[0]} patches of the rotary position, got {grid}"
+            )
+        rotated = []
+        for tensor in (query, key):
+            patches = apply_rot_embed_cat(tensor[:, :, : grid.num_patches], embedding).type_as(tensor)
+            rotated.append(torch.cat([patches, tensor[:, :, grid.num_patches :]], dim=2) if grid.suffix else patches)
+        return rotated[0], rotated[1]
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, use_rel_pos={self.use_rel_pos}, {super().extra_repr()}"
+
+
+def _between_positions(table: Tensor, size: int) -> Tensor:
+    """Embedding between each pair of positions of an axis: ``[2 S − 1, D]`` -> ``[size, size, D]``.
+
+    A table made for another size is interpolated along its rows, as the original layers do.
+    """
+    rows = 2 * size - 1
+    if table.shape[0] != rows:
+        table = F.interpolate(table.T[None], size=rows, mode="linear")[0].T
+    positions = torch.arange(size, device=table.device)
+    return table[positions[:, None] - positions + size - 1]
+
+
+def _token_grid(
+    x: Tensor, num_image_tokens: int | None, num_prompt_tokens: int | None, grid_size: tuple[int, int] | None
+) -> TokenGrid:
+    """The geometry of the input."""
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{_NAME}: x must have shape [B, H, W, C] or [B, N, C], got {got}")
+    if x.dim() == 4:
+        if num_image_tokens is not None or num_prompt_tokens is not None or grid_size is not None:
+            raise ValueError(
+                f"{_NAME}: x must have shape [B, N, C] with num_image_tokens, num_prompt_tokens or grid_size, "
+                f"got {list(x.shape)}"
+            )
+        return TokenGrid(x.shape[1], x.shape[2])
+    tokens = x.shape[1]
+    if num_prompt_tokens is None:
+        num_prompt_tokens = 0 if num_image_tokens is None else tokens - num_image_tokens
+    if num_image_tokens is None:
+        num_image_tokens = tokens - num_prompt_tokens
+    if num_image_tokens < 1 or num_prompt_tokens < 0 or num_image_tokens + num_prompt_tokens != tokens:
+        raise ValueError(
+            f"{_NAME}: num_image_tokens and num_prompt_tokens must add up to the {tokens} tokens of x, "
+            f"got {num_image_tokens} and {num_prompt_tokens}"
+        )
+    if grid_size is None:
+        side = math.isqrt(num_image_tokens)
+        grid_size = (side, side)
+        if side * side != num_image_tokens:
+            raise ValueError(
+                f"{_NAME}: grid_size must be given unless the grid is square, got {num_image_tokens} tokens"
+            )
+    height, width = grid_size
+    if height * width != num_image_tokens:
+        raise ValueError(f"{_NAME}: grid_size must hold the {num_image_tokens} image tokens, got {height}×{width}")
+    return TokenGrid(height, width, suffix=num_prompt_tokens)
