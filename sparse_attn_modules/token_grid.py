@@ -112,15 +112,15 @@ class TokenGrid:
 
     def block_of_token(self, device: Device = None) -> Tensor:
         """Block index of each token: int64 ``[num_tokens]``. Shared between callers: do not write to it."""
-        return _blocks(self, device)[0]
+        return _block_of_token(self, device)[0]
 
     def block_tokens(self, device: Device = None) -> Tensor:
         """Token indices of each block, absent ones −1 and last: int64 ``[num_blocks, block_size]``. Shared."""
-        return _blocks(self, device)[2]
+        return _blocks(self, device)[1]
 
     def block_sizes(self, device: Device = None) -> Tensor:
         """Number of tokens that exist in each block: int64 ``[num_blocks]``. Shared."""
-        return _blocks(self, device)[1]
+        return _blocks(self, device)[0]
 
     def patch_rows(self, device: Device = None) -> Tensor:
         """Row of each token's patch, −1 for extra tokens: int64 ``[num_tokens]``. Shared."""
@@ -155,13 +155,15 @@ def _cached_per_device(build: Callable[[TokenGrid], tuple[Tensor, ...]]) -> Call
         resolved = torch.device(device or "cpu")
         if resolved.type != "cpu" and resolved.index is None:
             resolved = torch.empty(0, device=resolved).device
+        if torch.compiler.is_compiling():
+            return tuple(tensor.to(resolved) for tensor in build(grid))  # tracing ignores caches, with a warning
         return on_device(grid, resolved)
 
     return cached
 
 
 @_cached_per_device
-def _blocks(grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+def _block_of_token(grid: TokenGrid) -> tuple[Tensor]:
     tile_row = torch.arange(grid.height) // grid.tile[0]
     tile_column = torch.arange(grid.width) // grid.tile[1]
     tiles = grid.num_prefix_blocks + tile_row[:, None] * grid.tile_columns + tile_column
@@ -172,13 +174,19 @@ def _blocks(grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
             grid.tile_blocks.stop + torch.arange(grid.suffix) // grid.block_size,
         ]
     )
+    return (block,)
+
+
+@_cached_per_device
+def _blocks(grid: TokenGrid) -> tuple[Tensor, Tensor]:
+    block = grid.block_of_token()
     sizes = torch.bincount(block, minlength=grid.num_blocks)
     tokens = torch.argsort(block, stable=True)
     first = torch.cumsum(sizes, 0) - sizes
     slot = torch.arange(grid.num_tokens) - first[block[tokens]]
     table = torch.full((grid.num_blocks, grid.block_size), -1, dtype=torch.int64)
     table[block[tokens], slot] = tokens
-    return block, sizes, table
+    return sizes, table
 
 
 @_cached_per_device
