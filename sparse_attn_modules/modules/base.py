@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..block_mask import BlockMask
 from ..functional import block_sparse_attention
-from ..patterns import Dense, Pattern
+from ..patterns import Dense, Pattern, resolve_pattern
 from ..patterns.traced import register_for_tracing, traced_mask
 from ..token_grid import TokenGrid
 
@@ -18,19 +18,33 @@ class SparseAttention(nn.Module):
     """Base of the attention modules. Holds no parameters of its own and adds nothing to ``state_dict``.
 
     Args:
-        pattern: which blocks are computed; dense if None.
+        pattern: which blocks are computed, or a short name of such a pattern; dense if None. May be assigned later.
         backend: backend of :func:`block_sparse_attention`; the best that can run if None.
         compute_dtype: dtype in which attention itself runs; that of its inputs if None.
     """
 
     def __init__(
-        self, pattern: Pattern | None = None, backend: str | None = None, compute_dtype: torch.dtype | None = None
+        self,
+        pattern: Pattern | str | None = None,
+        backend: str | None = None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.pattern = Dense() if pattern is None else pattern
+        self._set_pattern(Dense() if pattern is None else pattern)
         self.backend = backend
         self.compute_dtype = compute_dtype
-        self._pattern_name = register_for_tracing(self.pattern)
+
+    @property
+    def pattern(self) -> Pattern:
+        return self._pattern
+
+    @pattern.setter
+    def pattern(self, pattern: Pattern | str) -> None:
+        self._set_pattern(pattern)
+
+    def _set_pattern(self, pattern: Pattern | str) -> None:
+        self._pattern = resolve_pattern(pattern)
+        self._pattern_name = register_for_tracing(self._pattern)
         self._mask: BlockMask | None = None
 
     def block_mask(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..token_grid import TokenGrid
-from .base import Pattern
+from .base import Dense, Pattern
 
 _LISTS = ("key_counts", "key_indices", "query_counts", "query_indices", "row_order")
 _patterns: dict[str, Pattern] = {}
@@ -38,7 +38,9 @@ def traced_mask(
     blocks, *lists = torch.ops.sparse_attn_modules.pattern_mask.default(
         name, query_grid.pack(), key_grid.pack(), num_heads, device
     )
-    return BlockMask.from_lists(blocks, dict(zip(_LISTS, lists)), query_grid, key_grid)
+    mask = BlockMask.from_lists(blocks, dict(zip(_LISTS, lists)), query_grid, key_grid)
+    mask._is_dense = isinstance(_patterns[name], Dense)
+    return mask
 
 
 @torch.library.impl(_library, "pattern_mask", "CompositeExplicitAutograd")
