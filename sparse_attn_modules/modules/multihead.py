@@ -68,7 +68,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention, SparseAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        pattern: Pattern | None = None,
+        pattern: Pattern | str | None = None,
         backend: str | None = None,
         compute_dtype: torch.dtype | None = None,
         grid: TokenGrid | None = None,
@@ -86,7 +86,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention, SparseAttention):
     def from_module(
         cls,
         layer: nn.MultiheadAttention,
-        pattern: Pattern | None = None,
+        pattern: Pattern | str | None = None,
         backend: str | None = None,
         compute_dtype: torch.dtype | None = None,
         *,

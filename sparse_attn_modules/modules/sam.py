@@ -60,7 +60,7 @@ class SAMAttentionSparse(SparseAttention):
         use_rel_pos: bool = False,
         input_size: tuple[int, int] | None = None,
         *,
-        pattern: Pattern | None = None,
+        pattern: Pattern | str | None = None,
         backend: str | None = None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class SAMAttentionSparse(SparseAttention):
     def from_module(
         cls,
         layer: nn.Module,
-        pattern: Pattern | None = None,
+        pattern: Pattern | str | None = None,
         backend: str | None = None,
         compute_dtype: torch.dtype | None = None,
     ) -> SAMAttentionSparse:
