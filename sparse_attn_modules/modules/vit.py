@@ -1,0 +1,329 @@
+"""Self-attention of vision transformers, block-sparse: timm's ``Attention``, ``AttentionRope`` and ``EvaAttention``.
+
+The three differ in how query, key and value are projected, biased and rotated; what follows is the same. The output of
+a fused projection is read in place: query, key and value are views of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..patterns import Dense, Pattern
+from ..token_grid import TokenGrid
+from .base import SparseAttention
+
+_NAME = "ViTSparseAttention"
+_REPLACED = (
+    ("timm.layers.attention", "Attention"),
+    ("timm.layers.attention", "AttentionRope"),
+    ("timm.models.eva", "EvaAttention"),
+)
+_logger = logging.getLogger("sparse_attn_modules")
+_warned: set[str] = set()
+
+
+class ViTSparseAttention(SparseAttention):
+    """Drop-in for the attention of timm's vision transformers, with the same parameters under the same names.
+
+    Where an attention mask is given, or the tokens do not fit the grid, attention is computed densely (under the
+    pattern's mask in the first case, without it in the second), so nothing is ever misplaced.
+
+    Args:
+        dim: number of channels.
+        num_heads: number of query heads.
+        num_kv_heads: number of key and value heads (grouped-query attention), ``num_heads`` if None; needs
+            ``qkv_fused=False``.
+        attn_head_dim: channels per head; ``dim // num_heads`` if None.
+        dim_out: number of output channels; ``dim`` if None.
+        qkv_bias: whether the projections of query, key, value (and of the gate) have a bias.
+        k_bias: whether the key projection takes part in that; EVA's does not.
+        qkv_fused: one projection ``qkv`` rather than ``q_proj``, ``k_proj``, ``v_proj``.
+        qk_norm, scale_norm: normalise query and key per head; normalise the output before its projection.
+        gated: multiply the output with the sigmoid of a projection of the input.
+        attn_drop, proj_drop: dropout of attention weights and of the output.
+        norm_layer: makes a norm from a number of channels.
+        num_prefix_tokens: leading tokens that a rotary position embedding leaves as they are; None if the layer takes
+            no such embedding.
+        rotate_half: layout of the rotary embedding: halves instead of interleaved pairs.
+        grid: where the patches lie: a TokenGrid; a function from the number of tokens to a TokenGrid, or to None if
+            it is not known; or None for a plain sequence.
+        pattern, backend, compute_dtype: as for :class:`SparseAttention`.
+
+    Raises:
+        ValueError: if heads and channels do not fit together.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_kv_heads: int | None = None,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        k_bias: bool = True,
+        qkv_fused: bool = True,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        gated: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        num_prefix_tokens: int | None = None,
+        rotate_half: bool = False,
+        pattern: Pattern | None = None,
+        grid: TokenGrid | Callable[[int], TokenGrid | None] | None = None,
+        backend: str | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if attn_head_dim is None and dim % num_heads:
+            raise ValueError(f"{_NAME}: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"{_NAME}: num_heads must be a multiple of num_kv_heads, got {num_heads}, {num_kv_heads}")
+        if qkv_fused and num_kv_heads != num_heads:
+            raise ValueError(f"{_NAME}: qkv_fused must be False with num_kv_heads, got {num_kv_heads} of {num_heads}")
+        super().__init__(pattern, backend, compute_dtype)
+        self.grid = grid
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
+        self.scale = self.head_dim**-0.5
+        self.num_prefix_tokens = num_prefix_tokens
+        self.rotate_half = rotate_half
+        attn_dim, kv_dim = num_heads * self.head_dim, num_kv_heads * self.head_dim
+
+        self.qkv = self.q_proj = self.k_proj = self.v_proj = None
+        self.q_bias = self.k_bias = self.v_bias = None
+        if not qkv_fused:
+            self.q_proj = nn.Linear(dim, attn_dim, bias=qkv_bias)
+            self.k_proj = nn.Linear(dim, kv_dim, bias=qkv_bias and k_bias)
+            self.v_proj = nn.Linear(dim, kv_dim, bias=qkv_bias)
+        else:
+            self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias and k_bias)
+            if qkv_bias and not k_bias:
+                self.q_bias = nn.Parameter(torch.zeros(attn_dim))
+                del self.k_bias
+                self.register_buffer("k_bias", torch.zeros(attn_dim), persistent=False)
+                self.v_bias = nn.Parameter(torch.zeros(attn_dim))
+        self.q_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = norm_layer(attn_dim) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, attn_dim, bias=qkv_bias) if gated else None
+        self.proj = nn.Linear(attn_dim, dim if dim_out is None else dim_out, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    @classmethod
+    def from_module(
+        cls,
+        layer: nn.Module,
+        pattern: Pattern | None = None,
+        grid: TokenGrid | Callable[[int], TokenGrid | None] | None = None,
+        backend: str | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> ViTSparseAttention:
+        """The replacement of a layer, made of the very submodules and parameters of that layer.
+
+        Attributes that other code reads, such as ``fused_attn`` and ``head_dim``, are kept.
+
+        Raises:
+            TypeError: if the layer is none of the three classes; their subclasses may compute something else.
+        """
+        if not any(type(layer) is getattr(sys.modules.get(module), name, None) for module, name in _REPLACED):
+            names = ", ".join(f"{module}.{name}" for module, name in _REPLACED)
+            raise TypeError(
+                f"{_NAME}.from_module: layer must be one of {names}, "
+                f"got {type(layer).__module__}.{type(layer).__qualname__}"
+            )
+        new = cls.__new__(cls)
+        SparseAttention.__init__(new, pattern, backend, compute_dtype)
+        for name, value in vars(layer).items():
+            if not name.startswith("_"):
+                setattr(new, name, value)
+        new._parameters.update(layer._parameters)
+        new._buffers.update(layer._buffers)
+        new._non_persistent_buffers_set.update(layer._non_persistent_buffers_set)
+        new._modules.update(layer._modules)
+        for name, absent in _ABSENT.items():
+            if not hasattr(new, name):
+                setattr(new, name, new.num_heads if name == "num_kv_heads" else absent)
+        new.grid = grid
+        return new
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Self-attention.
+
+        Args:
+            x: ``[B, N, dim]``.
+            rope: sine and cosine of the rotary position, concatenated: broadcasts to ``[B, heads, patches, 2 D]``.
+            attn_mask: boolean (true = attend) or additive, broadcasts to ``[B, heads, N, N]``; holds besides the
+                pattern.
+            is_causal: a token attends to itself and those before it only.
+
+        Returns:
+            ``[B, N, dim_out]``.
+
+        Raises:
+            ValueError, TypeError: if ``attn_mask`` does not fit, or comes with ``is_causal``, or ``rope`` is given to a
+                layer without rotary position.
+        """
+        _check_mask(attn_mask, is_causal)
+        if rope is not None and self.num_prefix_tokens is None:
+            raise ValueError(f"{_NAME}: rope must be None for a layer without rotary position (attn_mask comes by name)")
+        gate = None if self.gate is None else self.gate(x).sigmoid()
+        query, key, value = self._project(x)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if rope is not None:
+            query, key = (self._rotate(tensor, rope).type_as(value) for tensor in (query, key))
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        grid = self._token_grid(x.shape[1])
+        if grid is None or attn_mask is not None or is_causal:
+            out = self._attend_densely(query, key, value, grid, attn_mask, is_causal, dropout_p)
+        else:
+            out = self.attend(query, key, value, grid, scale=self.scale, dropout_p=dropout_p)
+        out = self.norm(out.transpose(1, 2).flatten(2))  # [B, heads, N, D] -> [B, N, heads · D]
+        if gate is not None:
+            out = out * gate
+        return self.proj_drop(self.proj(out))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``[B, heads, N, D]``, key and value ``[B, kv heads, N, D]``: transposed views, never copies."""
+        if self.qkv is None:
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+            projected = (projection(x) for projection in projections if projection is not None)
+            query, key, value = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in zip(projected, heads))
+            return query, key, value
+        qkv = self.qkv(x)
+        if self.q_bias is not None and self.k_bias is not None and self.v_bias is not None:
+            # Added here rather than inside the projection, whose weight an adapter may have replaced.
+            qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias)).to(qkv.dtype)
+        parts = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, 3, heads, D] -> 3 × [B, N, heads, D]
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        return query, key, value
+
+    def _rotate(self, tensor: Tensor, rope: Tensor) -> Tensor:
+        """Rotary position of the patches (arXiv:2104.09864); prefix tokens have none."""
+        prefix, patches = tensor[:, :, : self.num_prefix_tokens], tensor[:, :, self.num_prefix_tokens :]
+        sine, cosine = rope.chunk(2, dim=-1)
+        if self.rotate_half:
+            first, second = patches.chunk(2, dim=-1)
+            turned = torch.cat([-second, first], dim=-1)
+        else:
+            turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
+        rotated = (patches * cosine + turned * sine).to(tensor.dtype)
+        return torch.cat([prefix, rotated], dim=2)
+
+    def _token_grid(self, num_tokens: int) -> TokenGrid | None:
+        """The grid of these tokens; None, said once, if they do not fit the one that is known."""
+        if self.grid is None:
+            return TokenGrid.sequence(num_tokens)
+        grid = self.grid if isinstance(self.grid, TokenGrid) else self.grid(num_tokens)
+        if grid is not None and grid.num_tokens == num_tokens:
+            return grid
+        if not isinstance(self.pattern, Dense) and not torch.compiler.is_compiling():
+            known = "and no grid of patches is known" if grid is None else f"which do not fit the grid of {grid}"
+            _warn_once(f"{_NAME}: got {num_tokens} tokens, {known}: attention over them is computed densely")
+        return None
+
+    def _attend_densely(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: TokenGrid | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        dropout_p: float,
+    ) -> Tensor:
+        """Every token pair, under the mask given and, where there is a grid, the pattern's."""
+        dtype = query.dtype
+        if self.compute_dtype is not None:
+            query, key, value = (tensor.to(self.compute_dtype) for tensor in (query, key, value))
+        if is_causal:
+            tokens = query.shape[2]
+            attn_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = _without_overflow(attn_mask, query.dtype)
+        if grid is not None and not isinstance(self.pattern, Dense):
+            allowed = self.block_mask(grid, query.shape[1], query.device).token_mask()
+            if attn_mask is None:
+                attn_mask = allowed
+            elif attn_mask.dtype == torch.bool:
+                attn_mask = attn_mask & allowed
+            else:
+                attn_mask = attn_mask.masked_fill(~allowed, -torch.inf)
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            scale=self.scale,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return out.to(dtype) if self.compute_dtype is not None else out
+
+    def reset_parameters(self) -> None:
+        """Zeroes the biases that belong to no submodule, as ``EvaAttention`` does."""
+        for bias in (self.q_bias, self.k_bias, self.v_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fills buffers that no checkpoint holds; timm calls this after leaving the meta device."""
+        if self.k_bias is not None:
+            self.k_bias.zero_()
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, {super().extra_repr()}"
+
+
+# What the replaced classes may lack, from one to the other and over the versions of timm.
+_ABSENT: dict[str, Any] = {
+    **dict.fromkeys(("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias", "gate")),
+    "num_prefix_tokens": None,
+    "rotate_half": False,
+    "num_kv_heads": None,
+}
+
+
+def _check_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is None:
+        return
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"{_NAME}: attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"{_NAME}: attn_mask must be boolean or floating-point, got {attn_mask.dtype}")
+    if is_causal:
+        raise ValueError(f"{_NAME}: attn_mask must be None with is_causal, got both")
+
+
+def _without_overflow(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive mask in another dtype. Its lowest finite values stay finite: a row full of them is no empty row."""
+    if attn_mask.dtype == dtype:
+        return attn_mask
+    lowest = attn_mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+    return torch.where(attn_mask == -torch.inf, -torch.inf, lowest)
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        _logger.warning(message)
