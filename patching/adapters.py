@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,12 +77,12 @@ class LeftAlone:
     reason: str
 
 
-def loaded_class(module: str, name: str) -> type | None:
+def loaded_class(module: str, name: str) -> type[Any] | None:
     """A class of an optional library, None if that part of the library has not been imported."""
     found = getattr(sys.modules.get(module), name, None)
     return found if isinstance(found, type) else None
 
 
-def loaded_classes(*names: tuple[str, str]) -> tuple[type, ...]:
+def loaded_classes(*names: tuple[str, str]) -> tuple[type[Any], ...]:
     """Those of the named classes that have been imported."""
     return tuple(found for module, name in names if (found := loaded_class(module, name)) is not None)

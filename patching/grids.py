@@ -7,6 +7,7 @@ thread has its own note, so that threads running one model on images of differen
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
@@ -114,10 +115,11 @@ def installed_sources(module: nn.Module) -> list[GridSource]:
     return [owner for owner in owners if isinstance(owner, GridSource)]
 
 
-def remove_sources(module: nn.Module) -> None:
-    """Takes the sources off a module."""
+def remove_sources(module: nn.Module, keep: Collection[GridSource] = ()) -> None:
+    """Takes the sources off a module, but for those to keep."""
     for key, hook in list(module._forward_hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), GridSource):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, GridSource) and owner not in keep:
             del module._forward_hooks[key]
 
 

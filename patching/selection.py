@@ -31,6 +31,11 @@ class DenseOnFewTiles(Pattern):
         """The pattern wrapped, unless it is dense or wrapped already."""
         return pattern if isinstance(pattern, (Dense, cls)) else cls(pattern)
 
+    @staticmethod
+    def within(pattern: Pattern) -> Pattern:
+        """The pattern without its wrapping."""
+        return pattern.pattern if isinstance(pattern, DenseOnFewTiles) else pattern
+
     def blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
         if why_skipping_cannot_pay(query_grid, key_grid) is None:
             return self.pattern.blocks(query_grid, key_grid, num_heads)
@@ -81,7 +86,9 @@ class Selection:
         for glob in self._globs:
             if not any(fnmatchcase(name, glob) for name in names):
                 layers = ", ".join(names) or "none"
-                raise ValueError(f"patch_model: {glob!r} must match the name of an attention layer, which are: {layers}")
+                raise ValueError(
+                    f"patch_model: {glob!r} must match the name of an attention layer, which are: {layers}"
+                )
 
 
 def _check_glob(argument: str, glob: object) -> None:

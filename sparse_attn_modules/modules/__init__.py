@@ -4,5 +4,12 @@ from .base import SparseAttention
 from .multihead import SparseMultiheadAttention
 from .sam import SAMAttentionSparse
 from .skipping import why_skipping_cannot_pay
+from .vit import ViTSparseAttention
 
-__all__ = ["SAMAttentionSparse", "SparseAttention", "SparseMultiheadAttention", "why_skipping_cannot_pay"]
+__all__ = [
+    "SAMAttentionSparse",
+    "SparseAttention",
+    "SparseMultiheadAttention",
+    "ViTSparseAttention",
+    "why_skipping_cannot_pay",
+]

@@ -6,18 +6,18 @@ a fused projection is read in place: query, key and value are views of it.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..patterns import Dense, Pattern
 from ..token_grid import TokenGrid
 from .base import SparseAttention
+from .masked import masked_attention
+from .notices import log_once
 
 _NAME = "ViTSparseAttention"
 _REPLACED = (
@@ -25,8 +25,6 @@ _REPLACED = (
     ("timm.layers.attention", "AttentionRope"),
     ("timm.models.eva", "EvaAttention"),
 )
-_logger = logging.getLogger("sparse_attn_modules")
-_warned: set[str] = set()
 
 
 class ViTSparseAttention(SparseAttention):
@@ -80,7 +78,7 @@ class ViTSparseAttention(SparseAttention):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         num_prefix_tokens: int | None = None,
         rotate_half: bool = False,
-        pattern: Pattern | None = None,
+        pattern: Pattern | str | None = None,
         grid: TokenGrid | Callable[[int], TokenGrid | None] | None = None,
         backend: str | None = None,
         compute_dtype: torch.dtype | None = None,
@@ -127,7 +125,7 @@ class ViTSparseAttention(SparseAttention):
     def from_module(
         cls,
         layer: nn.Module,
-        pattern: Pattern | None = None,
+        pattern: Pattern | str | None = None,
         grid: TokenGrid | Callable[[int], TokenGrid | None] | None = None,
         backend: str | None = None,
         compute_dtype: torch.dtype | None = None,
@@ -185,7 +183,9 @@ class ViTSparseAttention(SparseAttention):
         """
         _check_mask(attn_mask, is_causal)
         if rope is not None and self.num_prefix_tokens is None:
-            raise ValueError(f"{_NAME}: rope must be None for a layer without rotary position (attn_mask comes by name)")
+            raise ValueError(
+                f"{_NAME}: rope must be None for a layer without rotary position (attn_mask comes by name)"
+            )
         gate = None if self.gate is None else self.gate(x).sigmoid()
         query, key, value = self._project(x)
         query, key = self.q_norm(query), self.k_norm(key)
@@ -237,9 +237,9 @@ class ViTSparseAttention(SparseAttention):
         grid = self.grid if isinstance(self.grid, TokenGrid) else self.grid(num_tokens)
         if grid is not None and grid.num_tokens == num_tokens:
             return grid
-        if not isinstance(self.pattern, Dense) and not torch.compiler.is_compiling():
-            known = "and no grid of patches is known" if grid is None else f"which do not fit the grid of {grid}"
-            _warn_once(f"{_NAME}: got {num_tokens} tokens, {known}: attention over them is computed densely")
+        if not isinstance(self.pattern, Dense):
+            known = "no grid of patches is known" if grid is None else f"they do not fit the grid of {grid}"
+            log_once(f"{_NAME}: attention over {num_tokens} tokens is dense, because {known}")
         return None
 
     def _attend_densely(
@@ -256,29 +256,21 @@ class ViTSparseAttention(SparseAttention):
         dtype = query.dtype
         if self.compute_dtype is not None:
             query, key, value = (tensor.to(self.compute_dtype) for tensor in (query, key, value))
+        if self.num_kv_heads != self.num_heads:
+            groups = self.num_heads // self.num_kv_heads
+            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        allowed = bias = None
         if is_causal:
-            tokens = query.shape[2]
-            attn_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-        if attn_mask is not None and attn_mask.dtype != torch.bool:
-            attn_mask = _without_overflow(attn_mask, query.dtype)
+            allowed = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+        elif attn_mask is not None and attn_mask.dtype == torch.bool:
+            allowed = attn_mask
+        elif attn_mask is not None:
+            bias = _without_overflow(attn_mask, query.dtype)
         if grid is not None and not isinstance(self.pattern, Dense):
-            allowed = self.block_mask(grid, query.shape[1], query.device).token_mask()
-            if attn_mask is None:
-                attn_mask = allowed
-            elif attn_mask.dtype == torch.bool:
-                attn_mask = attn_mask & allowed
-            else:
-                attn_mask = attn_mask.masked_fill(~allowed, -torch.inf)
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            scale=self.scale,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
-        return out.to(dtype) if self.compute_dtype is not None else out
+            pattern_allows = self.block_mask(grid, self.num_heads, query.device).token_mask()
+            allowed = pattern_allows if allowed is None else allowed & pattern_allows
+        out, _ = masked_attention(query, key, value, allowed, bias, scale=self.scale, dropout_p=dropout_p)
+        return out.to(dtype)
 
     def reset_parameters(self) -> None:
         """Zeroes the biases that belong to no submodule, as ``EvaAttention`` does."""
@@ -321,9 +313,3 @@ def _without_overflow(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
         return attn_mask
     lowest = attn_mask.clamp(min=torch.finfo(dtype).min).to(dtype)
     return torch.where(attn_mask == -torch.inf, -torch.inf, lowest)
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        _logger.warning(message)
