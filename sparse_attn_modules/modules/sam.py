@@ -213,7 +213,7 @@ class SAMAttentionSparse(SparseAttention):
         embedding = rope.get_embed()  # [patches, 2 D]
         if embedding.shape[0] != grid.num_patches:
             raise ValueError(
-                f"{_NAME}: x must have the {embedding.shape[0]} patches of the rotary position, got {grid}"
+                f"{_NAME}: x must have as many patches as the rotary position, {embedding.shape[0]}, got {grid}"
             )
         rotated = []
         for tensor in (query, key):
@@ -265,9 +265,7 @@ def _token_grid(
         side = math.isqrt(num_image_tokens)
         grid_size = (side, side)
         if side * side != num_image_tokens:
-            raise ValueError(
-                f"{_NAME}: grid_size must be given unless the grid is square, got {num_image_tokens} tokens"
-            )
+            raise ValueError(f"{_NAME}: grid_size must be given if it is not square, got {num_image_tokens} patches")
     height, width = grid_size
     if height * width != num_image_tokens:
         raise ValueError(f"{_NAME}: grid_size must hold the {num_image_tokens} image tokens, got {height}×{width}")
