@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ..modules import SparseAttention
 from . import segment_anything, timm, torch_multihead
 from .adapters import LeftAlone, Replaceable, Site
 from .grids import GridSource
@@ -71,6 +72,8 @@ def attention_slots(model: nn.Module) -> list[Slot]:
 
 def inspect(site: Site) -> Replaceable | LeftAlone | None:
     """What can be done about a module; None if no adapter knows it as an attention layer."""
+    if isinstance(site.module, SparseAttention):
+        return LeftAlone(type(site.module).__qualname__, "it is block-sparse already")
     for adapter in _ADAPTERS:
         verdict = adapter.inspect(site)
         if isinstance(verdict, Replaceable) and "forward" in vars(site.module):

@@ -87,7 +87,9 @@ class ViTSparseAttention(SparseAttention):
         if attn_head_dim is None and dim % num_heads:
             raise ValueError(f"{_NAME}: dim must be a multiple of num_heads, got {dim} and {num_heads}")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"{_NAME}: num_heads must be a multiple of num_kv_heads, got {num_heads}, {num_kv_heads}")
+            raise ValueError(
+                f"{_NAME}: num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
+            )
         if qkv_fused and num_kv_heads != num_heads:
             raise ValueError(f"{_NAME}: qkv_fused must be False with num_kv_heads, got {num_kv_heads} of {num_heads}")
         super().__init__(pattern, backend, compute_dtype)
