@@ -1,0 +1,589 @@
+"""SparseMultiheadAttention against nn.MultiheadAttention, and against attention written out under sparse masks."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_attn_modules import BlockMask, TokenGrid
+from sparse_attn_modules.modules import SparseMultiheadAttention, notices
+from sparse_attn_modules.modules.masked import masked_attention
+from sparse_attn_modules.patterns import CustomPattern, Dense, LocalWindow, Pattern
+
+DIM, HEADS = 24, 4
+KINDS = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "kdim and vdim": {"kdim": 10, "vdim": 14},
+    "bias_kv": {"add_bias_kv": True},
+    "zero_attn": {"add_zero_attn": True},
+    "all": {"kdim": 10, "vdim": 14, "add_bias_kv": True, "add_zero_attn": True},
+}
+
+
+def make_layer(dtype=torch.float64, **arguments):
+    layer = nn.MultiheadAttention(DIM, HEADS, **arguments).to(dtype)
+    for parameter in layer.parameters():
+        if parameter.dim() == 1:  # biases are zero at first
+            nn.init.normal_(parameter)
+    return layer
+
+
+def inputs(layer, batch, queries, keys, batch_first, dtype=torch.float64):
+    """Query, key and value; one tensor for self-attention."""
+    if keys is None:
+        x = torch.randn(batch, queries, DIM, dtype=dtype)
+        return (x if batch_first else x.transpose(0, 1),) * 3
+    tensors = (
+        torch.randn(batch, n, c, dtype=dtype) for n, c in ((queries, DIM), (keys, layer.kdim), (keys, layer.vdim))
+    )
+    return tuple(x if batch_first else x.transpose(0, 1) for x in tensors)
+
+
+def run(module, tensors, **arguments):
+    """Output, weights, and gradients of the inputs and of every parameter, by name."""
+    module.zero_grad()
+    leaves = {id(x): x.detach().clone().requires_grad_() for x in tensors}
+    out, weights = module(*(leaves[id(x)] for x in tensors), **arguments)
+    generator = torch.Generator().manual_seed(0)
+    loss = (out * torch.randn(out.shape, dtype=out.dtype, generator=generator)).sum()
+    if weights is not None:
+        loss = loss + (weights * torch.randn(weights.shape, dtype=out.dtype, generator=generator)).sum()
+    loss.backward()
+    results = {"out": out.detach(), **{f"input {i}": x.grad for i, x in enumerate(leaves.values())}}
+    if weights is not None:
+        results["weights"] = weights.detach()
+    return {**results, **{name: parameter.grad.clone() for name, parameter in module.named_parameters()}}
+
+
+def assert_equal_results(actual, expected, rtol=1e-9, atol=1e-10):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def random_blocks(query_grid, key_grid, num_heads):
+    generator = torch.Generator().manual_seed(query_grid.num_patches)
+    blocks = torch.rand(num_heads, query_grid.num_tiles, key_grid.num_tiles, generator=generator) < 0.5
+    blocks[:, :, 0] = True  # so that the original, given the same mask, has no empty rows
+    return blocks
+
+
+RANDOM = CustomPattern(random_blocks)
+
+
+def original_under(layer, mask, tensors, attn_mask=None, **arguments):
+    """The original layer, to which the block mask is given as a mask of token pairs."""
+    batch = tensors[0].shape[0] if layer.batch_first else tensors[0].shape[1]
+    forbidden = ~mask.token_mask().expand(batch, HEADS, -1, -1).flatten(0, 1)
+    extra = (layer.bias_k is not None) + layer.add_zero_attn
+    forbidden = forbidden[..., : forbidden.shape[-1] - extra]  # the original adds these columns itself
+    bias = torch.zeros(forbidden.shape, dtype=torch.float64).masked_fill(forbidden, -torch.inf)
+    if attn_mask is not None:
+        zero = torch.zeros(attn_mask.shape, dtype=torch.float64)
+        bias = bias + (zero.masked_fill(attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else attn_mask)
+    return run(layer, tensors, attn_mask=bias, **arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("keys", [None, 131])
+def test_dense_equals_the_original(kind, batch_first, need_weights, keys):
+    layer = make_layer(batch_first=batch_first, **KINDS[kind])
+    if keys is None and "kdim" in KINDS[kind]:
+        keys = 150
+    sparse = SparseMultiheadAttention.from_module(layer)
+    tensors = inputs(layer, 2, 150, keys, batch_first)
+    for average in (True, False) if need_weights else (True,):
+        arguments = {"need_weights": need_weights, "average_attn_weights": average}
+        assert_equal_results(run(sparse, tensors, **arguments), run(layer, tensors, **arguments))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dense_is_as_accurate_as_the_original_in_float32(need_weights):
+    exact_layer = make_layer(batch_first=True)
+    layer = copy.deepcopy(exact_layer).float()
+    sparse = SparseMultiheadAttention.from_module(layer)
+    tensors = inputs(layer, 2, 300, None, True)
+    single = (tensors[0].float(),) * 3
+    exact = run(exact_layer, tensors, need_weights=need_weights)
+    original, actual = (run(module, single, need_weights=need_weights) for module in (layer, sparse))
+    for name, reference in exact.items():
+        error = (actual[name] - reference).abs().max()
+        allowed = (2 if name == "out" else 3) * (original[name] - reference).abs().max() + 1e-5
+        assert error <= allowed, name
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_unbatched(need_weights):
+    for kind in ("plain", "all"):
+        layer = make_layer(**KINDS[kind])
+        sparse = SparseMultiheadAttention.from_module(layer)
+        tensors = tuple(x[0] for x in inputs(layer, 1, 40, 50, True))
+        x = torch.randn(40, DIM, dtype=torch.float64)
+        padding = torch.rand(50) < 0.3
+        arguments = {"need_weights": need_weights, "key_padding_mask": padding, "average_attn_weights": False}
+        assert_equal_results(run(sparse, tensors, **arguments), run(layer, tensors, **arguments))
+        if kind == "plain":
+            masked = {"need_weights": need_weights, "attn_mask": torch.randn(HEADS, 40, 40, dtype=torch.float64)}
+            assert_equal_results(run(sparse, (x,) * 3, **masked), run(layer, (x,) * 3, **masked))
+
+
+@pytest.mark.parametrize("kind", ["plain", "all"])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("keys", [None, 300])
+def test_sparse_equals_the_original_under_the_same_mask(kind, need_weights, keys):
+    layer = make_layer(batch_first=True, **KINDS[kind])
+    if keys is None and kind == "all":
+        keys = 400
+    sparse = SparseMultiheadAttention.from_module(layer, RANDOM)
+    tensors = inputs(layer, 2, 400, keys, True)
+    extra = 2 if kind == "all" else 0
+    mask = RANDOM.mask(TokenGrid.sequence(400), HEADS, key_grid=TokenGrid(1, keys or 400, 0, extra, (1, 128)))
+    assert mask.density < 0.9
+    arguments = {"need_weights": need_weights, "average_attn_weights": False}
+    actual = run(sparse, tensors, **arguments)
+    assert_equal_results(actual, original_under(layer, mask, tensors, **arguments), rtol=1e-8)
+
+
+def test_a_grid_of_patches_with_a_class_token():
+    grid = TokenGrid(13, 37, prefix=1)
+    pattern = LocalWindow(radius=3)
+    layer = make_layer(batch_first=True)
+    sparse = SparseMultiheadAttention.from_module(layer, pattern, grid=grid)
+    mask = pattern.mask(grid, HEADS)
+    assert mask.density < 1
+    tensors = inputs(layer, 1, grid.num_tokens, None, True)
+    actual = run(sparse, tensors, need_weights=False)
+    assert_equal_results(actual, original_under(layer, mask, tensors, need_weights=False), rtol=1e-8)
+
+
+def test_cross_attention_between_two_grids():
+    grid, key_grid = TokenGrid(13, 20), TokenGrid(9, 37, suffix=2)
+    layer = make_layer(batch_first=True)
+    sparse = SparseMultiheadAttention.from_module(layer, RANDOM, grid=grid, key_grid=key_grid)
+    mask = RANDOM.mask(grid, HEADS, key_grid=key_grid)
+    tensors = inputs(layer, 1, grid.num_tokens, key_grid.num_tokens, True)
+    actual = run(sparse, tensors, need_weights=False)
+    assert_equal_results(actual, original_under(layer, mask, tensors, need_weights=False), rtol=1e-8)
+
+
+def test_tokens_that_do_not_fit_the_grid_get_dense_attention_and_one_notice(caplog, monkeypatch):
+    monkeypatch.setattr(notices, "_said", set())
+    layer = make_layer(batch_first=True)
+    sparse = SparseMultiheadAttention.from_module(layer, LocalWindow(radius=0), grid=TokenGrid(13, 37, prefix=1))
+    tensors = inputs(layer, 1, 300, None, True)
+    with caplog.at_level(logging.WARNING, logger="sparse_attn_modules"):
+        for _ in range(2):
+            actual = run(sparse, tensors, need_weights=False)
+    assert_equal_results(actual, run(layer, tensors, need_weights=False))
+    said = [record.message for record in caplog.records if "SparseMultiheadAttention" in record.message]
+    assert len(said) == 1
+    assert "attention is dense, because 300 query and 300 key tokens do not fit" in said[0]
+
+
+@pytest.mark.parametrize("pattern", [None, RANDOM])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("padding", ["bool", "as float", "float"])
+def test_key_padding_mask(pattern, need_weights, padding):
+    layer = make_layer(batch_first=True, add_bias_kv=True)
+    sparse = SparseMultiheadAttention.from_module(layer, pattern)
+    ignored = torch.rand(2, 300) < 0.4
+    ignored[:, 0] = False
+    as_float = torch.zeros(2, 300, dtype=torch.float64).masked_fill(ignored, -torch.inf)
+    given = {"bool": ignored, "as float": as_float, "float": as_float + torch.randn(2, 300, dtype=torch.float64)}
+    tensors = inputs(layer, 2, 300, None, True)
+    arguments = {"need_weights": need_weights, "key_padding_mask": given[padding]}
+    mask = (pattern or Dense()).mask(
+        TokenGrid.sequence(300), HEADS, key_grid=TokenGrid(1, 300, suffix=1, tile=(1, 128))
+    )
+    actual = run(sparse, tensors, **arguments)
+    arguments["key_padding_mask"] = given["float" if padding == "float" else "as float"]
+    assert_equal_results(actual, original_under(layer, mask, tensors, **arguments), rtol=1e-8)
+
+
+@pytest.mark.parametrize("pattern", [None, RANDOM])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_attn_mask(pattern, need_weights, dim, kind):
+    layer = make_layer(batch_first=False, add_zero_attn=True)
+    sparse = SparseMultiheadAttention.from_module(layer, pattern)
+    shape = (300, 300) if dim == 2 else (2 * HEADS, 300, 300)
+    attn_mask = torch.rand(shape) < 0.3 if kind == "bool" else torch.randn(shape, dtype=torch.float64)
+    tensors = inputs(layer, 2, 300, None, False)
+    mask = (pattern or Dense()).mask(
+        TokenGrid.sequence(300), HEADS, key_grid=TokenGrid(1, 300, suffix=1, tile=(1, 128))
+    )
+    arguments = {"need_weights": need_weights, "average_attn_weights": False}
+    actual = run(sparse, tensors, attn_mask=attn_mask, **arguments)
+    assert_equal_results(actual, original_under(layer, mask, tensors, attn_mask, **arguments), rtol=1e-8)
+
+
+def test_both_masks_and_a_causal_hint():
+    layer = make_layer(batch_first=True)
+    sparse = SparseMultiheadAttention.from_module(layer)
+    tensors = inputs(layer, 2, 140, None, True)
+    causal = nn.Transformer.generate_square_subsequent_mask(140, dtype=torch.float64)
+    padding = torch.zeros(2, 140, dtype=torch.float64)
+    padding[1, 100:] = -torch.inf
+    for arguments in (
+        {"attn_mask": causal, "is_causal": True, "need_weights": False},
+        {"attn_mask": causal.isinf(), "is_causal": True, "need_weights": False},
+        {"attn_mask": causal, "key_padding_mask": padding, "is_causal": True, "need_weights": True},
+        {"attn_mask": causal, "key_padding_mask": padding + 0.5, "need_weights": False},
+    ):
+        assert_equal_results(run(sparse, tensors, **arguments), run(layer, tensors, **arguments))
+
+
+def test_a_learned_attn_mask_gets_its_gradient():
+    layer = make_layer(batch_first=True)
+    sparse = SparseMultiheadAttention.from_module(layer)
+    tensors = inputs(layer, 1, 30, None, True)
+    gradients = []
+    for module in (layer, sparse):
+        bias = torch.linspace(-1, 1, 900, dtype=torch.float64).view(30, 30).requires_grad_()
+        padding = torch.linspace(-1, 1, 30, dtype=torch.float64)[None].clone().requires_grad_()
+        out, _ = module(*tensors, attn_mask=bias, key_padding_mask=padding, need_weights=False)
+        out.square().sum().backward()
+        gradients.append((bias.grad, padding.grad))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("with_attn_mask", [True, False])
+def test_a_query_without_keys_yields_the_projection_of_zero(need_weights, with_attn_mask):
+    layer = make_layer(batch_first=True)
+    sparse = SparseMultiheadAttention.from_module(layer)
+    tensors = inputs(layer, 2, 30, None, True)
+    arguments = {"need_weights": need_weights}
+    if with_attn_mask:
+        arguments["attn_mask"] = torch.zeros(30, 30, dtype=torch.bool)
+        arguments["attn_mask"][7] = True
+        empty = (slice(None), 7)
+    else:
+        arguments["key_padding_mask"] = torch.zeros(2, 30, dtype=torch.bool)
+        arguments["key_padding_mask"][1] = True
+        empty = (1,)
+    results = run(sparse, tensors, **arguments)
+    assert all(tensor.isfinite().all() for tensor in results.values())
+    torch.testing.assert_close(results["out"][empty], layer.out_proj.bias.detach().expand_as(results["out"][empty]))
+    if need_weights:
+        assert (results["weights"][empty] == 0).all()
+
+
+def test_dropout_acts_in_training_only():
+    layer = make_layer(batch_first=True, dropout=0.4)
+    sparse = SparseMultiheadAttention.from_module(layer, RANDOM)
+    x = torch.randn(1, 300, DIM, dtype=torch.float64)
+    assert not torch.equal(sparse(x, x, x, need_weights=False)[0], sparse(x, x, x, need_weights=False)[0])
+    mask = RANDOM.mask(TokenGrid.sequence(300), HEADS).token_mask()
+    _, weights = sparse(x, x, x, average_attn_weights=False)
+    dropped = (weights == 0)[mask.expand_as(weights)].double().mean()
+    assert 0.35 < dropped < 0.45
+    sparse.eval()
+    assert torch.equal(sparse(x, x, x, need_weights=False)[0], sparse(x, x, x, need_weights=False)[0])
+    _, weights = sparse(x, x, x)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 300, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shares_parameters_and_state_dict_keys(kind):
+    layer = make_layer(batch_first=True, dropout=0.1, **KINDS[kind]).eval()
+    layer.out_proj.weight.requires_grad_(False)
+    sparse = SparseMultiheadAttention.from_module(layer, LocalWindow(density=0.3))
+    assert isinstance(sparse, nn.MultiheadAttention)
+    assert list(sparse.state_dict()) == list(layer.state_dict())
+    parameters = dict(layer.named_parameters())
+    assert list(dict(sparse.named_parameters())) == list(parameters)
+    assert all(parameter is parameters[name] for name, parameter in sparse.named_parameters())
+    assert sparse.out_proj is layer.out_proj
+    assert not sparse.training
+    assert sparse.dropout == 0.1
+
+    other = SparseMultiheadAttention(DIM, HEADS, batch_first=True, **KINDS[kind], dtype=torch.float64).eval()
+    assert list(other.state_dict()) == list(layer.state_dict())
+    other.load_state_dict(layer.state_dict())
+    tensors = inputs(layer, 1, 20, 20, True)
+    torch.testing.assert_close(other(*tensors), layer(*tensors), rtol=1e-9, atol=1e-11)
+    fresh = nn.MultiheadAttention(DIM, HEADS, batch_first=True, **KINDS[kind]).double().eval()
+    fresh.load_state_dict(sparse.state_dict())
+    torch.testing.assert_close(fresh(*tensors), layer(*tensors), rtol=1e-9, atol=1e-11)
+
+
+def test_starts_from_the_same_random_weights():
+    torch.manual_seed(3)
+    original = nn.MultiheadAttention(DIM, HEADS, add_bias_kv=True)
+    torch.manual_seed(3)
+    sparse = SparseMultiheadAttention(DIM, HEADS, add_bias_kv=True)
+    torch.testing.assert_close(dict(sparse.state_dict()), dict(original.state_dict()), rtol=0, atol=0)
+
+
+def test_calls_the_output_projection_so_that_adapters_act():
+    layer = make_layer(batch_first=True)
+    sparse = SparseMultiheadAttention.from_module(layer)
+    x = torch.randn(1, 20, DIM, dtype=torch.float64)
+    expected = 2 * layer(x, x, x)[0]
+    layer.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    torch.testing.assert_close(sparse(x, x, x)[0], expected, rtol=1e-9, atol=1e-11)
+
+
+def sparse_encoder(layers=2, pattern=RANDOM, **arguments):
+    """An encoder in eval mode, with the original and with sparse attention."""
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, 32, batch_first=True, dtype=torch.float64, **arguments)
+    original = nn.TransformerEncoder(layer, layers).eval()
+    for name, parameter in original.named_parameters():
+        if "in_proj" in name:  # large logits, so that it matters which keys are seen
+            nn.init.normal_(parameter)
+    sparse = copy.deepcopy(original)
+    for encoder_layer in sparse.layers:
+        encoder_layer.self_attn = SparseMultiheadAttention.from_module(encoder_layer.self_attn, pattern)
+    return original, sparse
+
+
+def pair_mask(mask, batch):
+    return ~mask.token_mask().expand(batch, HEADS, -1, -1).flatten(0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_fused_fast_path_of_an_encoder_is_not_taken(copied, norm_first):
+    original, sparse = sparse_encoder(norm_first=norm_first)
+    if copied:
+        sparse = pickle.loads(pickle.dumps(copy.deepcopy(sparse)))
+    x = torch.randn(2, 300, DIM, dtype=torch.float64)
+    mask = RANDOM.mask(TokenGrid.sequence(300), HEADS)
+    with torch.inference_mode():
+        actual, expected, dense = sparse(x), original(x, mask=pair_mask(mask, 2)), original(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+    assert (expected - dense).abs().max() > 0.05
+    # The same weights without the guard go past the layer: what this test would miss if it could not fail.
+    for layer in sparse.layers:
+        layer.self_attn._qkv_same_embed_dim = True
+    with torch.inference_mode():
+        torch.testing.assert_close(sparse(x), dense, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_an_encoder_that_makes_nested_tensors_of_padding():
+    original, sparse = sparse_encoder()
+    assert sparse.use_nested_tensor
+    x = torch.randn(2, 300, DIM, dtype=torch.float64)
+    padding = torch.zeros(2, 300, dtype=torch.bool)
+    padding[1, 170:] = True
+    mask = RANDOM.mask(TokenGrid.sequence(300), HEADS)
+    with torch.inference_mode():
+        actual = sparse(x, src_key_padding_mask=padding)
+        original.use_nested_tensor = False
+        pairs = pair_mask(mask, 2).unflatten(0, (2, HEADS)) | padding[:, None, None]
+        expected = original(x, mask=pairs.flatten(0, 1))
+    torch.testing.assert_close(actual[~padding], expected[~padding], rtol=1e-8, atol=1e-9)
+    assert (actual[padding] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_an_encoder_built_from_a_sparse_layer():
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, 32, batch_first=True, dtype=torch.float64)
+    layer.self_attn = SparseMultiheadAttention.from_module(layer.self_attn, RANDOM)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    padding = torch.zeros(2, 300, dtype=torch.bool)
+    padding[1, 170:] = True
+    x = torch.randn(2, 300, DIM, dtype=torch.float64)
+    with torch.inference_mode():
+        short = encoder(x, src_key_padding_mask=padding)
+        changed = x.clone()
+        changed[1, 170:] = 5
+        torch.testing.assert_close(encoder(changed, src_key_padding_mask=padding)[~padding], short[~padding])
+        assert (encoder(x) - short)[1].abs().max() > 0.01
+
+
+def test_decoder_layer():
+    original = nn.TransformerDecoderLayer(DIM, HEADS, 32, dropout=0.0, batch_first=True).double()
+    sparse = copy.deepcopy(original)
+    for name in ("self_attn", "multihead_attn"):
+        setattr(sparse, name, SparseMultiheadAttention.from_module(getattr(sparse, name)))
+    x, memory = torch.randn(2, 20, DIM, dtype=torch.float64), torch.randn(2, 33, DIM, dtype=torch.float64)
+    causal = nn.Transformer.generate_square_subsequent_mask(20, dtype=torch.float64)
+    arguments = {"tgt_mask": causal, "tgt_is_causal": True}
+    torch.testing.assert_close(sparse(x, memory, **arguments), original(x, memory, **arguments), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_nested_input_elsewhere_is_refused():
+    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True)
+    nested = torch.nested.nested_tensor([torch.randn(5, DIM), torch.randn(3, DIM)])
+    assert sparse(nested, nested, nested, need_weights=False)[0].is_nested
+    jagged = torch.nested.nested_tensor([torch.randn(5, DIM), torch.randn(3, DIM)], layout=torch.jagged)
+    other = torch.nested.nested_tensor([torch.randn(5, DIM), torch.randn(3, DIM)])
+    for tensors, arguments in (
+        ((nested,) * 3, {}),
+        ((nested, other, other), {"need_weights": False}),
+        ((jagged,) * 3, {"need_weights": False}),
+    ):
+        with pytest.raises(ValueError, match="query must not be nested but for self-attention"):
+            sparse(*tensors, **arguments)
+
+
+def test_compiles_in_one_graph_with_gradients():
+    layer = make_layer(batch_first=True)
+    sparse = SparseMultiheadAttention.from_module(layer, RANDOM)
+    padding = torch.zeros(2, 300, dtype=torch.bool)
+    padding[1, 200:] = True
+    as_float = torch.zeros(2, 300, dtype=torch.float64).masked_fill(padding, -torch.inf)
+    for backend, arguments in (
+        ("inductor", {"need_weights": False}),
+        ("aot_eager", {"need_weights": False, "key_padding_mask": padding}),
+        ("aot_eager", {"need_weights": False, "key_padding_mask": as_float}),
+        ("aot_eager", {"need_weights": True, "attn_mask": torch.rand(300, 300) < 0.2}),
+    ):
+        torch.compiler.reset()
+        compiled = torch.compile(sparse, fullgraph=True, backend=backend)
+        tensors = inputs(layer, 2, 300, None, True)
+        actual = {name.removeprefix("_orig_mod."): x for name, x in run(compiled, tensors, **arguments).items()}
+        assert_equal_results(actual, run(sparse, tensors, **arguments))
+
+
+def test_compiles_without_a_mask_built_before():
+    tensors = inputs(make_layer(), 1, 300, None, True, torch.float32)
+    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True, pattern=RANDOM)
+    compiled = torch.compile(copy.deepcopy(sparse), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors)[0], sparse(*tensors)[0])
+    longer = inputs(sparse, 1, 500, None, True, torch.float32)
+    torch.testing.assert_close(compiled(*longer)[0], sparse(*longer)[0])
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_keep_weights_pattern_and_grid(clone):
+    grid = TokenGrid(13, 37, prefix=1)
+    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True, pattern=LocalWindow(radius=1), grid=grid)
+    x = torch.randn(1, grid.num_tokens, DIM)
+    expected = sparse(x, x, x, need_weights=False)[0]
+    cloned = clone(sparse)
+    assert (cloned.pattern, cloned.grid) == (sparse.pattern, grid)
+    assert torch.equal(cloned(x, x, x, need_weights=False)[0], expected)
+    with torch.no_grad():
+        cloned.in_proj_weight.zero_()
+    assert torch.equal(sparse(x, x, x, need_weights=False)[0], expected)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_compute_dtype_and_autocast(need_weights):
+    layer = make_layer(torch.float32, batch_first=True)
+    x = torch.randn(2, 60, DIM)
+    exact, _ = copy.deepcopy(layer).double()(*(x.double(),) * 3)
+    for dtype, bound in ((torch.float64, 1e-6), (torch.bfloat16, 0.1)):
+        sparse = SparseMultiheadAttention.from_module(layer, compute_dtype=dtype)
+        out, _ = sparse(x, x, x, need_weights=need_weights)
+        assert out.dtype == torch.float32
+        error = (out - exact).abs().max()
+        assert error < bound
+        assert (error > 1e-5) == (dtype == torch.bfloat16)
+    sparse = SparseMultiheadAttention.from_module(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        (original, _), (actual, _) = (module(x, x, x, need_weights=need_weights) for module in (layer, sparse))
+    assert actual.dtype == original.dtype
+    assert (actual - exact).abs().max() <= 2 * (original - exact).abs().max() + 1e-5
+
+
+def test_blocks_are_computed_where_they_can_express_the_call(monkeypatch):
+    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True, pattern=RANDOM)
+    calls = []
+    monkeypatch.setattr(
+        "sparse_attn_modules.modules.multihead.masked_attention",
+        lambda *arguments, **options: calls.append(1) or masked_attention(*arguments, **options),
+    )
+    x = torch.randn(1, 300, DIM)
+    padding = torch.zeros(1, 300, dtype=torch.bool)
+    for arguments, is_dense in (
+        ({"need_weights": False}, False),
+        ({"need_weights": False, "key_padding_mask": padding}, False),
+        ({"need_weights": False, "key_padding_mask": padding.float().masked_fill(padding, -torch.inf)}, False),
+        ({"need_weights": False, "key_padding_mask": padding.float() + 1}, True),
+        ({"need_weights": False, "attn_mask": torch.zeros(300, 300, dtype=torch.bool)}, True),
+        ({}, True),
+    ):
+        calls.clear()
+        sparse(x, x, x, **arguments)
+        assert bool(calls) == is_dense, arguments
+
+
+def test_a_custom_pattern_may_forbid_the_added_keys():
+    class OwnBlock(Pattern):
+        def blocks(self, query_grid, key_grid, num_heads):
+            blocks = torch.zeros(1, query_grid.num_blocks, key_grid.num_blocks, dtype=torch.bool)
+            return blocks.index_fill(2, torch.tensor([0]), True)
+
+    layer = make_layer(batch_first=True, add_zero_attn=True)
+    sparse = SparseMultiheadAttention.from_module(layer, OwnBlock())
+    layer.add_zero_attn = False
+    x = torch.randn(1, 128 + 5, DIM, dtype=torch.float64)
+    expected, _ = layer(x, x[:, :128], x[:, :128])
+    torch.testing.assert_close(sparse(x, x, x, need_weights=False)[0], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_from_module_takes_only_the_original():
+    class Changed(nn.MultiheadAttention):
+        pass
+
+    for layer in (Changed(DIM, HEADS), SparseMultiheadAttention(DIM, HEADS), nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match=r"layer must be a torch.nn.MultiheadAttention, got "):
+            SparseMultiheadAttention.from_module(layer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_heads": 5}, ValueError, "embed_dim must be a multiple of num_heads, got 24 and 5"),
+        ({"num_heads": 0}, ValueError, "embed_dim must be a multiple of num_heads, got 24 and 0"),
+        ({"grid": (3, 4)}, TypeError, "grid must be a TokenGrid or None, got tuple"),
+        ({"key_grid": TokenGrid(3, 4)}, ValueError, "grid must be given with key_grid"),
+        ({"pattern": "no such pattern"}, ValueError, "pattern must be one of"),
+        ({"pattern": BlockMask.dense(TokenGrid(3, 4))}, TypeError, "pattern must be a Pattern"),
+    ],
+)
+def test_bad_construction(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SparseMultiheadAttention(**{"embed_dim": DIM, "num_heads": HEADS, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "arguments", "error", "message"),
+    [
+        (((1, 2, 3, DIM),) * 3, {}, ValueError, r"query must have 2 or 3 dimensions, got shape \[1, 2, 3, 24\]"),
+        (((2, 9, DIM), (9, DIM), (9, DIM)), {}, ValueError, "key must have 3 dimensions as query"),
+        (((2, 9, 7),) * 3, {}, ValueError, r"query must have 24 channels, got shape \[2, 9, 7\]"),
+        (((2, 9, DIM), (2, 9, 7), (2, 9, DIM)), {}, ValueError, "key must have 24 channels"),
+        (((2, 9, DIM), (2, 8, DIM), (2, 9, DIM)), {}, ValueError, "value must have key's tokens"),
+        (((2, 9, DIM), (3, 9, DIM), (3, 9, DIM)), {}, ValueError, "key must have query's batch of 2, got shape"),
+        (((2, 9, DIM),) * 3, {"is_causal": True}, ValueError, "attn_mask must be given with is_causal"),
+        (
+            ((2, 9, DIM),) * 3,
+            {"attn_mask": torch.zeros(9, 8)},
+            ValueError,
+            r"attn_mask must have shape \[9, 9\] or \[8, 9, 9\], got \[9, 8\]",
+        ),
+        (((2, 9, DIM),) * 3, {"attn_mask": torch.zeros(2, 9, 9)}, ValueError, "attn_mask must have shape"),
+        (
+            ((2, 9, DIM),) * 3,
+            {"attn_mask": torch.zeros(9, 9).int()},
+            TypeError,
+            "attn_mask must be boolean or floating",
+        ),
+        (
+            ((2, 9, DIM),) * 3,
+            {"key_padding_mask": torch.zeros(2, 8)},
+            ValueError,
+            r"key_padding_mask must have shape \[2, 9\], got \[2, 8\]",
+        ),
+        (((9, DIM),) * 3, {"key_padding_mask": torch.zeros(1, 9)}, ValueError, r"must have shape \[9\], got \[1, 9\]"),
+        (((2, 9, DIM),) * 3, {"key_padding_mask": torch.zeros(2, 9).long()}, TypeError, "must be boolean or floating"),
+    ],
+)
+def test_bad_input(shapes, arguments, error, message):
+    with pytest.raises(error, match=message):
+        SparseMultiheadAttention(DIM, HEADS, batch_first=True)(*(torch.randn(shape) for shape in shapes), **arguments)
