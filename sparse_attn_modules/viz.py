@@ -1,0 +1,242 @@
+"""Pictures of masks: which blocks, which patches of a photograph, how dense each layer.
+
+Every function returns a ``matplotlib.figure.Figure`` that belongs to no window and changes no global state; save it
+with ``figure.savefig(path)``. Colours are told apart by colour-blind readers too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .block_mask import BlockMask
+from .token_grid import TokenGrid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import LayoutEngine
+
+_BLUE, _VERMILION, _PALE, _GREY = "#0072B2", "#D55E00", "#E9EBEE", "#8A8F98"  # the first two of Okabe and Ito
+_MAX_PANELS = 16
+
+
+def plot_block_mask(mask: BlockMask, *, heads: Sequence[int] | None = None, batch: int = 0) -> Figure:
+    """The active blocks of each head: a square per pair of a query block (row) and a key block (column).
+
+    Args:
+        mask: the mask.
+        heads: the heads to draw; by default all, or the first 16. A mask that is the same for all heads is one panel.
+        batch: batch entry, for a mask that has one per entry.
+
+    Raises:
+        ValueError: if a head or batch entry does not exist.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    batches, num_heads = mask.blocks.shape[:2]
+    heads = range(min(num_heads, _MAX_PANELS)) if heads is None else list(heads)
+    _check_index("plot_block_mask", "batch", batch, batches)
+    for head in heads:
+        _check_index("plot_block_mask", "heads", head, num_heads)
+    if not heads:
+        raise ValueError("plot_block_mask: heads must not be empty")
+    blocks = mask.blocks[batch].cpu()
+    columns = min(len(heads), 4)
+    rows = -(-len(heads) // columns)
+    size = 4.6 if len(heads) == 1 else 2.7
+    figure = Figure(figsize=(size * columns + 0.6, size * rows + 1.0), layout=_layout())
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat[len(heads) :]:
+        ax.remove()
+    for panel, (ax, head) in enumerate(zip(axes.flat, heads)):
+        ax.imshow(blocks[head].numpy(), cmap=ListedColormap([_PALE, _BLUE]), vmin=0, vmax=1, interpolation="nearest")
+        name = "all heads" if num_heads == 1 else f"head {head}"
+        ax.set_title(f"{name} · density {blocks[head].double().mean():.2f}", fontsize=10)
+        _clean(ax)
+        ax.locator_params(integer=True, nbins=5)
+        for grid, line in ((mask.key_grid, ax.axvline), (mask.query_grid, ax.axhline)):
+            for edge in _extra_edges(grid):
+                line(edge - 0.5, color=_VERMILION, linewidth=1.2)
+        if panel % columns == 0:
+            ax.set_ylabel("query block")
+        if panel + columns >= len(heads):
+            ax.set_xlabel("key block")
+    title = f"{mask.query_grid}"
+    if mask.key_grid != mask.query_grid:
+        title += f"  →  keys: {mask.key_grid}"
+    if _extra_edges(mask.query_grid) or _extra_edges(mask.key_grid):
+        title += "\nbeyond the orange lines: blocks of extra tokens"
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def plot_attended_patches(image: Any, mask: BlockMask, query: tuple[int, int], *, batch: int = 0) -> Figure:
+    """The patches that one query attends to, over the photograph, shaded by how many heads attend.
+
+    Args:
+        image: the photograph that the patches cover: array or tensor ``[height, width]`` or ``[height, width, 3]`` of
+            any resolution, uint8 or floats in [0, 1].
+        mask: the mask.
+        query: (row, column) of the query's patch.
+        batch: batch entry, for a mask that has one per entry.
+
+    Raises:
+        ValueError: if the image is not as described, or the patch or batch entry does not exist.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    op = "plot_attended_patches"
+    photo = _as_rgb(op, image)
+    _check_index(op, "batch", batch, mask.blocks.shape[0])
+    for name, position, size in zip(("row", "column"), query, (mask.query_grid.height, mask.query_grid.width)):
+        _check_index(op, f"query {name}", position, size)
+    counts = _attending_heads(mask, query, batch)  # [height, width]
+    num_heads = mask.blocks.shape[1]
+
+    grid = mask.key_grid
+    extent = (0, grid.width, grid.height, 0)
+    height = min(max(4.4 * photo.shape[0] / photo.shape[1], 2.5), 8.0)
+    figure = Figure(figsize=(10.4, height + 0.9), layout=_layout())
+    left, right = figure.subplots(1, 2)
+    left.imshow(photo.numpy(), extent=extent, aspect="auto", interpolation="antialiased")
+    left.set_title("query", fontsize=11)
+    grey = (photo @ torch.tensor([0.299, 0.587, 0.114])).numpy()
+    right.imshow(grey, extent=extent, aspect="auto", cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
+    # On a picture without colours of its own: skipped patches in shadow, the rest the lighter the more heads attend.
+    colours = colormaps["viridis"].resampled(max(num_heads, 2))
+    overlay = torch.zeros(grid.height, grid.width, 4)
+    for count in counts.unique().tolist():
+        shade = (0.04, 0.04, 0.06, 0.78) if count == 0 else (*colours((count - 0.5) / num_heads)[:3], 0.5)
+        overlay[counts == count] = torch.tensor(shade, dtype=torch.float32)
+    right.imshow(overlay.numpy(), extent=extent, aspect="auto", interpolation="nearest")
+    mean, some = float(counts.double().mean()) / num_heads, float((counts > 0).double().mean())
+    seen = f"{mean:.0%} per head, {some:.0%} by any" if num_heads > 1 else f"{mean:.0%} of the image"
+    right.set_title(f"attended patches: {seen}", fontsize=11)
+    for ax in (left, right):
+        row, column = _on_key_grid(query, mask)
+        for colour, width in (("white", 3.5), (_VERMILION, 1.8)):
+            ax.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=colour, linewidth=width))
+        ax.set_xlim(0, grid.width)
+        ax.set_ylim(grid.height, 0)
+        ax.set_box_aspect(photo.shape[0] / photo.shape[1])
+        _clean(ax)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    _draw_tiles(right, grid)
+    if num_heads > 1:
+        norm = BoundaryNorm((torch.arange(num_heads + 1) + 0.5).tolist(), num_heads)
+        step = -(-num_heads // 12)
+        bar = figure.colorbar(
+            ScalarMappable(norm, colours), ax=right, shrink=0.9, pad=0.02, ticks=range(1, num_heads + 1, step)
+        )
+        bar.set_label(f"heads that attend, of {num_heads}")
+        bar.ax.minorticks_off()
+    figure.suptitle(f"patch at row {query[0]}, column {query[1]} of {mask.query_grid}", fontsize=11)
+    return figure
+
+
+def plot_density(layers: Iterable[tuple[str, float | None]]) -> Figure:
+    """A bar per layer: the fraction of block pairs that it computes.
+
+    Args:
+        layers: (name, density) of each layer in order; None for a density that is not known yet.
+
+    Raises:
+        ValueError: if there is no layer, or a density does not lie in [0, 1].
+    """
+    from matplotlib.figure import Figure
+
+    rows = list(layers)
+    if not rows:
+        raise ValueError("plot_density: layers must not be empty")
+    for name, density in rows:
+        if density is not None and not 0 <= density <= 1:
+            raise ValueError(f"plot_density: density must lie in [0, 1], got {density} for {name}")
+    known = [density for _, density in rows if density is not None]
+    figure = Figure(figsize=(7.5, 0.28 * len(rows) + 1.5), layout=_layout())
+    ax = figure.subplots()
+    colours = [_GREY if density is None or density > 0.9995 else _BLUE for _, density in rows]
+    ax.barh(range(len(rows)), [density or 0.0 for _, density in rows], color=colours, height=0.72)
+    for position, (_, density) in enumerate(rows):
+        label = "not known yet" if density is None else "dense" if density > 0.9995 else f"{density:.3g}"
+        ax.text((density or 0.0) + 0.012, position, label, va="center", fontsize=8.5, color="#333333")
+    if known:
+        mean = sum(known) / len(known)
+        ax.axvline(mean, color=_VERMILION, linewidth=1.3, linestyle="--", zorder=0)
+        ax.set_title(f"block pairs computed per layer · mean density {mean:.3g}", fontsize=11)
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_xlim(0, 1.12)
+    ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    ax.set_xlabel("density")
+    _clean(ax)
+    return figure
+
+
+def _attending_heads(mask: BlockMask, query: tuple[int, int], batch: int) -> Tensor:
+    """Number of heads in which the query attends to each patch: int64 ``[height, width]``."""
+    grid = mask.key_grid
+    token = mask.query_grid.prefix + query[0] * mask.query_grid.width + query[1]
+    query_block = int(mask.query_grid.block_of_token()[token])
+    key_blocks = mask.blocks[batch, :, query_block].cpu()  # [heads, key blocks]
+    of_patch = grid.block_of_token()[grid.prefix : grid.prefix + grid.num_patches]
+    return key_blocks[:, of_patch].sum(0).view(grid.height, grid.width)
+
+
+def _on_key_grid(query: tuple[int, int], mask: BlockMask) -> tuple[float, float]:
+    """Where the query's patch lies on a key grid that covers the same image."""
+    queries, keys = mask.query_grid, mask.key_grid
+    return query[0] * keys.height / queries.height, query[1] * keys.width / queries.width
+
+
+def _as_rgb(op: str, image: Any) -> Tensor:
+    """float32 ``[height, width, 3]`` in [0, 1]."""
+    photo = torch.as_tensor(image).detach().cpu()
+    if photo.dim() == 2:
+        photo = photo[..., None].expand(-1, -1, 3)
+    if photo.dim() != 3 or photo.shape[-1] != 3:
+        raise ValueError(f"{op}: image must have shape [height, width] or [height, width, 3], got {list(photo.shape)}")
+    if photo.dtype == torch.uint8:
+        return photo.float() / 255
+    photo = photo.float()
+    if not bool(((photo >= 0) & (photo <= 1)).all()):
+        raise ValueError(f"{op}: image must be uint8 or lie in [0, 1], got values from {photo.min()} to {photo.max()}")
+    return photo
+
+
+def _extra_edges(grid: TokenGrid) -> list[int]:
+    """The block indices at which blocks of extra tokens end or begin."""
+    edges = [grid.tile_blocks.start] if grid.num_prefix_blocks else []
+    return edges + ([grid.tile_blocks.stop] if grid.num_suffix_blocks else [])
+
+
+def _draw_tiles(ax: Axes, grid: TokenGrid) -> None:
+    for row in range(grid.tile[0], grid.height, grid.tile[0]):
+        ax.axhline(row, color="white", linewidth=0.5, alpha=0.45)
+    for column in range(grid.tile[1], grid.width, grid.tile[1]):
+        ax.axvline(column, color="white", linewidth=0.5, alpha=0.45)
+
+
+def _layout() -> LayoutEngine:
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    return ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+
+
+def _clean(ax: Axes) -> None:
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, labelsize=8.5)
+
+
+def _check_index(op: str, name: str, index: int, size: int) -> None:
+    if not 0 <= index < size:
+        raise ValueError(f"{op}: {name} must lie in [0, {size}), got {index}")
