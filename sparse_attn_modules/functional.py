@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import Request, select_backend
+from .backends.gathered import dense_attention
 from .block_mask import BlockMask
 from .operator import attention_forward
 
@@ -108,7 +109,12 @@ def block_sparse_attention(
         key_padding_mask=key_padding_mask is not None,
         dropout=dropout_p > 0,
         needs_grad=needs_grad,
+        is_dense=mask.is_dense,
     )
+    backend = select_backend(request, backend)
+    if backend == "gathered" and mask.is_dense and rel_h is None and key_padding_mask is None and not return_lse:
+        # Nothing is gathered then, and autograd of the dense kernels needs no operator of ours around them.
+        return dense_attention(query, key, value, scale, dropout_p)
     out, lse = attention_forward(
         query,
         key,
@@ -128,7 +134,7 @@ def block_sparse_attention(
         float(scale),
         float(dropout_p),
         mask.is_dense,
-        select_backend(request, backend),
+        backend,
         return_lse or needs_grad,
     )
     return (out, lse) if return_lse else out

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, AttentionInputs
+from .backends.interface import tokens_before_heads
 from .token_grid import TokenGrid
 
 _INPUTS = (
@@ -65,14 +66,9 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         grads = backend.backward(inputs, grad_out, grad_lse, out, lse)
     relative = (grads.rel_h, grads.rel_w)
     return (
-        *(_tokens_before_heads(grad) for grad in (grads.query, grads.key, grads.value)),
+        *(tokens_before_heads(grad) for grad in (grads.query, grads.key, grads.value)),
         *(inputs.query.new_empty(0) if grad is None else grad.contiguous() for grad in relative),
     )
-
-
-def _tokens_before_heads(tensor: Tensor) -> Tensor:
-    """``[B, H, N, D]`` as a transposed view of contiguous ``[B, N, H, D]``: the layout of projections."""
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _new_like(tensor: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from . import cuda, flex, gathered, reference
 from .interface import AttentionGradients, AttentionInputs, Backend, Request
 
@@ -30,20 +32,24 @@ def select_backend(request: Request, name: str | None = None) -> str:
             raise ValueError(f"block_sparse_attention: backend '{name}' cannot run: {reason}")
         return name
     reasons: list[str] = []
+    runner_up: str | None = None
     for candidate, backend in BACKENDS.items():
         reason = backend.why_not(request)
         if reason is None:
-            if reasons and request.device.type == "cuda":
-                _log_once(f"CUDA tensors fall back to backend '{candidate}': " + "; ".join(reasons))
-            return candidate
+            reason = backend.why_slower(request)
+            if reason is None:
+                if reasons and request.device.type == "cuda":
+                    _log_once(f"CUDA tensors fall back to backend '{candidate}': " + "; ".join(reasons))
+                return candidate
+            runner_up = runner_up or candidate
         reasons.append(f"{candidate}: {reason}")
+    if runner_up is not None:
+        return runner_up
     raise ValueError("block_sparse_attention: no backend can run: " + "; ".join(reasons))
 
 
 def _log_once(message: str) -> None:
-    # Looking up the module's set is enough under torch.compile; logging itself would break the graph.
-    import torch
-
+    # Logging would break the graph under torch.compile.
     if not torch.compiler.is_compiling() and message not in _logged:
         _logged.add(message)
         _logger.warning(message)

@@ -15,6 +15,10 @@ def why_not(request: Request) -> str | None:
     return why_not_here()
 
 
+def why_slower(request: Request) -> str | None:
+    return None
+
+
 def why_not_here() -> str | None:
     return "not built: this version has no compiled kernels"
 

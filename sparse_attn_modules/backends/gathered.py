@@ -1,13 +1,27 @@
-"""The specification of block-sparse attention: every token pair is written out and the inactive ones are masked."""
+"""Any device, forward and backward: gathers the active keys of a few query blocks and attends to them densely.
+
+The keys of a handful of query blocks stay in cache on a CPU, which is where the speed over dense attention comes from;
+on an accelerator whole heads are taken together to keep the number of launches low. Nothing of size N² exists.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .interface import AttentionGradients, AttentionInputs, Request
+from .interface import AttentionGradients, AttentionInputs, Request, tokens_before_heads
+from .row_chunks import RowChunk, dense_chunks, key_positions, sparse_chunks
 
 name = "gathered"
+
+# Gathered keys per chunk. On a CPU 4096 keys of 64 float32 values are 1 MiB, about a core's second-level cache.
+_CPU_SLOTS = 4096
+_ACCELERATOR_SLOTS = 2**20
 
 
 def why_not(request: Request) -> str | None:
@@ -18,90 +32,275 @@ def why_not_here() -> str | None:
     return None
 
 
+def why_slower(request: Request) -> str | None:
+    return None
+
+
 def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-    weights, lse = _weights(inputs)
-    if inputs.dropout_p > 0:
-        weights = weights * _dropout_factors(inputs, weights)
-    value = _per_query_head(inputs.value, inputs).to(weights.dtype)
-    out = inputs.new_output()
-    out.copy_(weights @ value)
-    return out, lse if with_lse else None
+    plain = not with_lse and inputs.key_padding_mask is None and inputs.dropout_p == 0
+    if plain and inputs.is_dense and inputs.rel_h is None:
+        return dense_attention(inputs.query, inputs.key, inputs.value, inputs.scale), None
+    statistics = inputs.statistics_dtype
+    out = _zeros(inputs.query)
+    lse = out.new_full(inputs.query.shape[:-1], -torch.inf, dtype=statistics) if with_lse else None
+    for unit in _units(inputs):
+        unit_out = unit.take(out)
+        for number, chunk in enumerate(unit.chunks):
+            query, key, value = unit.gather(chunk)
+            if plain:
+                bias = _logit_bias(inputs, unit, chunk, query.dtype)
+                result = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=inputs.scale)
+            else:
+                logits = _logits(inputs, unit, chunk, query.to(statistics), key.to(statistics))
+                # A query whose keys are all ignored is measured against a finite maximum, as −inf − −inf is NaN.
+                maximum = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(statistics).min)
+                weights = logits.sub_(maximum).exp_()
+                total = weights.sum(-1, keepdim=True)
+                if lse is not None:
+                    _scatter_rows(unit.take(lse)[..., None], chunk, maximum + total.log())
+                if inputs.dropout_p > 0:
+                    weights = weights * _dropout_factors(inputs, unit, number, weights)
+                result = (weights @ value.to(statistics)) / total.masked_fill(total == 0, 1)
+            _scatter_rows(unit_out, chunk, result)
+    return tokens_before_heads(out), lse
 
 
 def backward(
     inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> AttentionGradients:
-    weights, _ = _weights(inputs)
-    query = inputs.query.to(weights.dtype)
-    key = _per_query_head(inputs.key, inputs).to(weights.dtype)
-    value = _per_query_head(inputs.value, inputs).to(weights.dtype)
-    grad_out = grad_out.to(weights.dtype)
-
-    grad_weights = grad_out @ value.mT  # [B, Hq, Nq, Nk]
-    dropped = weights
-    if inputs.dropout_p > 0:
-        factors = _dropout_factors(inputs, weights)
-        grad_weights = grad_weights * factors
-        dropped = weights * factors
-    row_sum = (weights * grad_weights).sum(-1, keepdim=True)
+    statistics = inputs.statistics_dtype
+    grad_query, grad_key, grad_value = (
+        _zeros(tensor, statistics) for tensor in (inputs.query, inputs.key, inputs.value)
+    )
+    grads_rel = [
+        None if rel is None else torch.zeros_like(rel, memory_format=torch.contiguous_format)
+        for rel in (inputs.rel_h, inputs.rel_w)
+    ]
+    # What every logit's gradient of a query loses: delta of FlashAttention-2 (arXiv:2307.08691), less that of lse.
+    delta = (grad_out.to(statistics) * out.to(statistics)).sum(-1, keepdim=True)
     if grad_lse is not None:
-        row_sum = row_sum - grad_lse[..., None]
-    grad_logits = weights * (grad_weights - row_sum)
+        delta = delta - grad_lse[..., None]
 
-    grad_query = grad_logits @ key * inputs.scale
-    grad_key = grad_logits.mT @ query * inputs.scale
-    grad_value = dropped.mT @ grad_out
-    grad_rel_h = grad_rel_w = None
-    if inputs.rel_h is not None and inputs.rel_w is not None:
-        grid = inputs.key_grid
-        image = grad_logits[..., grid.prefix : grid.prefix + grid.num_patches].unflatten(-1, (grid.height, grid.width))
-        grad_rel_h = image.sum(-1).to(inputs.rel_h.dtype)
-        grad_rel_w = image.sum(-2).to(inputs.rel_w.dtype)
+    for unit in _units(inputs):
+        for number, chunk in enumerate(unit.chunks):
+            query, key, value = (tensor.to(statistics) for tensor in unit.gather(chunk))
+            chunk_grad_out = _gather_rows(unit.take(grad_out), chunk).to(statistics)
+            chunk_lse = _gather_rows(unit.take(lse)[..., None], chunk)
+            if chunk.query_exists is not None:
+                # Absent queries repeat token 0: without weights they give nothing to the keys.
+                chunk_lse = chunk_lse.masked_fill(~chunk.query_exists[..., None], torch.inf)
+            # Without any key lse is −inf; measured against 0 such a query's weights are 0, not NaN.
+            chunk_lse = chunk_lse.masked_fill(chunk_lse == -torch.inf, 0)
+            weights = _logits(inputs, unit, chunk, query, key).sub_(chunk_lse).exp_()  # [U, R, M, L]
+            grad_weights = unit.workspace.matmul("grad_weights", chunk_grad_out, value.mT)
+            dropped = weights
+            if inputs.dropout_p > 0:
+                factors = _dropout_factors(inputs, unit, number, weights)
+                grad_weights.mul_(factors)
+                dropped = weights * factors
+            unit.add_to_keys(grad_value, chunk, unit.workspace.matmul("grad_kv", dropped.mT, chunk_grad_out))
+            grad_logits = grad_weights.sub_(_gather_rows(unit.take(delta), chunk)).mul_(weights)
+            _scatter_rows(unit.take(grad_query), chunk, (grad_logits @ key).mul_(inputs.scale))
+            query = query * inputs.scale
+            unit.add_to_keys(grad_key, chunk, unit.workspace.matmul("grad_kv", grad_logits.mT, query))
+            if inputs.rel_h is not None:
+                positions = key_positions(inputs.key_grid, chunk, query.device)
+                for grad_rel, position in zip(grads_rel, positions):
+                    assert grad_rel is not None
+                    sums = _sum_by_position(grad_logits, position, grad_rel.shape[-1])
+                    _scatter_rows(unit.take(grad_rel), chunk, sums)
     return AttentionGradients(
-        grad_query.to(inputs.query.dtype),
-        _sum_over_query_heads(grad_key, inputs).to(inputs.key.dtype),
-        _sum_over_query_heads(grad_value, inputs).to(inputs.value.dtype),
-        grad_rel_h,
-        grad_rel_w,
+        grad_query.to(inputs.query.dtype), grad_key.to(inputs.key.dtype), grad_value.to(inputs.value.dtype), *grads_rel
     )
 
 
-def _weights(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """Softmax over the active keys, zero where there is none, and log-sum-exp, −inf where there is none."""
-    dtype = inputs.statistics_dtype
-    key = _per_query_head(inputs.key, inputs).to(dtype)
-    logits = inputs.query.to(dtype) @ key.mT * inputs.scale  # [B, Hq, Nq, Nk]
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+    """Attention without anything to skip: PyTorch's own kernels, which are differentiable."""
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale, enable_gqa=grouped)
+    return tokens_before_heads(out)
+
+
+def _zeros(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros ``[B, H, N, D]`` in the layout in which :meth:`_Unit.take` gives views of all units on the device."""
+    batch, heads, tokens, width = tensor.shape
+    if tensor.device.type == "cpu":
+        return tensor.new_zeros(batch, tokens, heads, width, dtype=dtype).transpose(1, 2)
+    return tensor.new_zeros(batch, heads, tokens, width, dtype=dtype)
+
+
+class _Workspace:
+    """Buffers that every chunk of a call reuses: fresh ones of this size would cost page faults at each chunk."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Uninitialised tensor of a shape, with the dtype and device of another; valid until taken again."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
+            buffer = self._buffers[name] = like.new_empty(size)
+        return buffer[:size].view(shape)
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, contiguous: index_select would copy a strided one again at every chunk."""
+        return tensor if tensor.is_contiguous() else self.take(name, tuple(tensor.shape), tensor).copy_(tensor)
+
+    def matmul(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """``left @ right`` in a reused buffer; both have four dimensions and the same leading two."""
+        shape = (*left.shape[:3], right.shape[3])
+        product = self.take(name, (shape[0] * shape[1], *shape[2:]), left)
+        torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=product)
+        return product.view(shape)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Heads that share the rows of the mask and are computed together: U of them."""
+
+    inputs: AttentionInputs
+    batches: int | slice
+    heads: int | slice
+    chunks: list[RowChunk]
+    query: Tensor  # [U, Nq, D]
+    key: Tensor  # [U, Nk, D], one per query head
+    value: Tensor  # [U, Nk, D], likewise
+    workspace: _Workspace
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """This unit's part of ``[B, Hq, …]`` as ``[U, …]``: a view where the layout allows one."""
+        return tensor[self.batches, self.heads].reshape(-1, *tensor.shape[2:])
+
+    def add_to_keys(self, target: Tensor, chunk: RowChunk, rows: Tensor) -> None:
+        """Adds ``[U, R, L, D]``, one part per query head, to the chunk's keys of ``[B, Hkv, Nk, D]``."""
+        group = self.inputs.heads_per_key_head
+        if isinstance(self.heads, int):
+            part = target[self.batches, self.heads // group]
+        else:
+            part = target[self.batches]
+            rows = rows.unflatten(0, (-1, group)).sum(1)
+        part = part.view(-1, *target.shape[2:])
+        if chunk.key_tokens is None:
+            part.add_(rows[:, 0])
+        else:
+            # Absent keys repeat token 0 and carry zeros.
+            part.index_add_(1, chunk.key_tokens.flatten(), rows.flatten(1, 2))
+
+    def gather(self, chunk: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[U, R, M, D]``, keys and values ``[U, R, L, D]`` of a chunk."""
+        query = _gather_rows(self.query, chunk)
+        if chunk.key_tokens is None:
+            return query, self.key[:, None], self.value[:, None]
+        index, shape = chunk.key_tokens.flatten(), chunk.key_tokens.shape
+        gathered = []
+        for name, tensor in (("key", self.key), ("value", self.value)):
+            space = self.workspace.take(name, (tensor.shape[0], index.numel(), tensor.shape[2]), tensor)
+            gathered.append(torch.index_select(tensor, 1, index, out=space).unflatten(1, shape))
+        return query, gathered[0], gathered[1]
+
+
+def _units(inputs: AttentionInputs) -> Iterator[_Unit]:
+    batch, heads = inputs.query.shape[:2]
+    mask_batch, mask_heads = inputs.key_counts.shape[:2]
+    on_cpu = inputs.query.device.type == "cpu"
+    together: list[int | slice] = [slice(None)]
+    batches = range(batch) if on_cpu or mask_batch > 1 else together
+    head_groups = range(heads) if on_cpu or mask_heads > 1 else together
+    plans: dict[tuple[int, int], list[RowChunk]] = {}
+    workspace = _Workspace()
+    for b in batches:
+        for h in head_groups:
+            mask_index = (
+                b if isinstance(b, int) and mask_batch > 1 else 0,
+                h if isinstance(h, int) and mask_heads > 1 else 0,
+            )
+            query = workspace.copy("head_query", inputs.query[b, h].reshape(-1, *inputs.query.shape[2:]))
+            if mask_index not in plans:
+                slots = _CPU_SLOTS if on_cpu else max(_ACCELERATOR_SLOTS // query.shape[0], 1)
+                plans[mask_index] = (
+                    dense_chunks(inputs, slots) if inputs.is_dense else sparse_chunks(inputs, *mask_index, slots)
+                )
+            group = inputs.heads_per_key_head
+            key, value = (
+                tensor[b, h // group] if isinstance(h, int) else tensor[b].repeat_interleave(group, -3)
+                for tensor in (inputs.key, inputs.value)
+            )
+            key = workspace.copy("head_key", key.reshape(-1, *inputs.key.shape[2:]))
+            value = workspace.copy("head_value", value.reshape(-1, *inputs.value.shape[2:]))
+            yield _Unit(inputs, b, h, plans[mask_index], query, key, value, workspace)
+
+
+def _gather_rows(tensor: Tensor, chunk: RowChunk) -> Tensor:
+    """``[U, Nq, X]`` → ``[U, R, M, X]``."""
+    rows = tensor.index_select(1, chunk.query_tokens.flatten())
+    return rows.unflatten(1, chunk.query_tokens.shape)
+
+
+def _scatter_rows(target: Tensor, chunk: RowChunk, rows: Tensor) -> None:
+    """Writes ``[U, R, M, X]`` to the chunk's queries of ``[U, Nq, X]``."""
+    tokens, rows = chunk.query_tokens.flatten(), rows.flatten(1, 2).to(target.dtype)
+    if chunk.query_exists is not None:
+        exists = chunk.query_exists.flatten()
+        tokens, rows = tokens[exists], rows[:, exists]
+    target.index_copy_(1, tokens, rows)
+
+
+def _logit_bias(inputs: AttentionInputs, unit: _Unit, chunk: RowChunk, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the scaled logits, −inf for keys to ignore: broadcasts to ``[U, R, M, L]``; None if nothing."""
+    bias: Tensor | None = None
     if inputs.rel_h is not None and inputs.rel_w is not None:
-        grid = inputs.key_grid
-        bias = inputs.rel_h[..., :, None].to(dtype) + inputs.rel_w[..., None, :].to(dtype)  # [B, Hq, Nq, Kh, Kw]
-        logits[..., grid.prefix : grid.prefix + grid.num_patches] += bias.flatten(-2)
-    logits = logits.masked_fill(~_token_mask(inputs), -torch.inf)
-    lse = torch.logsumexp(logits, dim=-1)
-    # exp(−inf − −inf) is NaN, so a query without keys is measured against 0.
-    weights = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    return weights, lse
-
-
-def _token_mask(inputs: AttentionInputs) -> Tensor:
-    device = inputs.query.device
-    rows = inputs.blocks[:, :, inputs.query_grid.block_of_token(device)]
-    mask = rows[..., inputs.key_grid.block_of_token(device)]
+        rows, columns = key_positions(inputs.key_grid, chunk, inputs.query.device)
+        rel_h, rel_w = (_gather_rows(unit.take(rel), chunk).to(dtype) for rel in (inputs.rel_h, inputs.rel_w))
+        if chunk.key_tokens is None:
+            grid = inputs.key_grid
+            image = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)  # [U, 1, M, patches]
+            bias = F.pad(image, (grid.prefix, grid.suffix)) if grid.prefix or grid.suffix else image
+        else:
+            bias = _look_up(rel_h, rows).add_(_look_up(rel_w, columns))
+    ignored = None if chunk.key_exists is None else ~chunk.key_exists[None]
     if inputs.key_padding_mask is not None:
-        mask = mask & ~inputs.key_padding_mask[:, None, None, :]
-    return mask
+        padding = inputs.key_padding_mask[unit.batches].reshape(-1, inputs.key.shape[2])  # [B', Nk]
+        padding = padding.repeat_interleave(unit.query.shape[0] // padding.shape[0], 0)[:, None]  # [U, 1, Nk]
+        if chunk.key_tokens is not None:
+            padding = padding[:, 0, chunk.key_tokens]  # [U, R, L]
+        ignored = padding if ignored is None else ignored | padding
+    if ignored is not None:
+        ignored = ignored[:, :, None]
+        base = torch.zeros(ignored.shape, dtype=dtype, device=ignored.device) if bias is None else bias
+        bias = base.masked_fill(ignored, -torch.inf)
+    return bias
 
 
-def _dropout_factors(inputs: AttentionInputs, weights: Tensor) -> Tensor:
-    """0 with probability ``dropout_p``, otherwise 1 / (1 − dropout_p): the same for the same seed."""
+def _look_up(rel: Tensor, positions: Tensor) -> Tensor:
+    """``[U, R, M, S]`` at key positions ``[R, L]``, 0 where those are −1: ``[U, R, M, L]``."""
+    index = positions[None, :, None].expand(*rel.shape[:-1], -1)
+    if bool((positions < 0).any()):
+        # The column appended last is the one that −1 wraps round to.
+        rel = F.pad(rel, (0, 1))
+        index = index.remainder(rel.shape[-1])
+    return rel.gather(-1, index)
+
+
+def _sum_by_position(grad_logits: Tensor, positions: Tensor, size: int) -> Tensor:
+    """The transpose of :func:`_look_up`: ``[U, R, M, L]`` summed into ``[U, R, M, size]``."""
+    index = positions.remainder(size + 1)[None, :, None].expand(grad_logits.shape)
+    sums = grad_logits.new_zeros(*grad_logits.shape[:-1], size + 1)
+    return sums.scatter_add_(-1, index, grad_logits)[..., :size]
+
+
+def _logits(inputs: AttentionInputs, unit: _Unit, chunk: RowChunk, query: Tensor, key: Tensor) -> Tensor:
+    """Scaled and biased logits ``[U, R, M, L]``, in a reused buffer."""
+    logits = unit.workspace.matmul("logits", query * inputs.scale, key.mT)
+    bias = _logit_bias(inputs, unit, chunk, logits.dtype)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _dropout_factors(inputs: AttentionInputs, unit: _Unit, number: int, weights: Tensor) -> Tensor:
+    """0 with probability ``dropout_p``, otherwise 1 / (1 − dropout_p): equal in forward and backward."""
     assert inputs.dropout_seed is not None
-    generator = torch.Generator(weights.device).manual_seed(int(inputs.dropout_seed))
+    place = (unit.batches if isinstance(unit.batches, int) else 0, unit.heads if isinstance(unit.heads, int) else 0)
+    seed = hash((int(inputs.dropout_seed), *place, number)) % 2**63
+    generator = torch.Generator(weights.device).manual_seed(seed)
     draw = torch.rand(weights.shape, dtype=torch.float32, device=weights.device, generator=generator)
     return (draw >= inputs.dropout_p).to(weights.dtype) / max(1 - inputs.dropout_p, 1e-30)
-
-
-def _per_query_head(tensor: Tensor, inputs: AttentionInputs) -> Tensor:
-    return tensor.repeat_interleave(inputs.heads_per_key_head, dim=1)
-
-
-def _sum_over_query_heads(tensor: Tensor, inputs: AttentionInputs) -> Tensor:
-    return tensor.unflatten(1, (-1, inputs.heads_per_key_head)).sum(2)

@@ -76,6 +76,7 @@ class Request:
     key_padding_mask: bool = False
     dropout: bool = False
     needs_grad: bool = False
+    is_dense: bool = False
 
 
 class Backend(Protocol):
@@ -85,6 +86,9 @@ class Backend(Protocol):
 
     def why_not(self, request: Request) -> str | None:
         """The reason why this backend cannot run the request, or None. Cheap: asked at every call."""
+
+    def why_slower(self, request: Request) -> str | None:
+        """The reason why a backend further down the list is preferred for the request, or None."""
 
     def why_not_here(self) -> str | None:
         """The reason why this backend cannot run at all on this machine, or None."""
@@ -96,3 +100,8 @@ class Backend(Protocol):
         self, inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> AttentionGradients:
         """Gradients; ``grad_lse`` is that of the log-sum-exp, where it was used."""
+
+
+def tokens_before_heads(tensor: Tensor) -> Tensor:
+    """``[B, H, N, D]`` as a transposed view of contiguous ``[B, N, H, D]``, the layout of projections."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)

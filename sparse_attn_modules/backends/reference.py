@@ -14,6 +14,10 @@ def why_not(request: Request) -> str | None:
     return None
 
 
+def why_slower(request: Request) -> str | None:
+    return None
+
+
 def why_not_here() -> str | None:
     return None
 
