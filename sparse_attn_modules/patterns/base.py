@@ -29,11 +29,11 @@ class Pattern:
     def blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
         """Bool ``[H | 1, query blocks, key blocks]`` on the CPU."""
         image = self.image_blocks(query_grid, key_grid, num_heads)
-        tiles = [query_grid.num_tiles, key_grid.num_tiles]
-        if image.dtype != torch.bool or image.dim() != 3 or list(image.shape[1:]) != tiles:
+        expected = [query_grid.num_tiles, key_grid.num_tiles]
+        if image.dtype != torch.bool or image.dim() != 3 or list(image.shape[1:]) != expected:
             raise ValueError(
-                f"{type(self).__name__}: image blocks must be bool of shape [{num_heads} | 1, {tiles[0]}, {tiles[1]}] "
-                f"for {query_grid}, got {image.dtype} of shape {list(image.shape)}"
+                f"{type(self).__name__}: image blocks must be boolean of shape [{num_heads} | 1, {expected[0]}, "
+                f"{expected[1]}] for {query_grid}, got {image.dtype} of shape {list(image.shape)}"
             )
         blocks = torch.ones(image.shape[0], query_grid.num_blocks, key_grid.num_blocks, dtype=torch.bool)
         blocks[:, query_grid.tile_blocks, key_grid.tile_blocks] = image
