@@ -1,7 +1,53 @@
-"""Block-sparse attention for vision transformers."""
+"""Block-sparse attention for vision transformers: patch a model in one line, or build with the parts."""
 
 from .block_mask import BlockMask
 from .functional import block_sparse_attention
+from .modules import SAMAttentionSparse, SparseMultiheadAttention, ViTSparseAttention
+from .patching import patch_model, patch_report, unpatch_model
+from .patterns import (
+    Butterfly,
+    CustomPattern,
+    Dense,
+    DilatedLocal,
+    GlobalLocal,
+    Hybrid,
+    ImageToPrompt,
+    LocalWindow,
+    MultiScale,
+    Pattern,
+    Random,
+    RegionFocused,
+    Streaming,
+    Strided,
+    Union,
+)
 from .token_grid import TokenGrid
 
-__all__ = ["BlockMask", "TokenGrid", "block_sparse_attention"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockMask",
+    "Butterfly",
+    "CustomPattern",
+    "Dense",
+    "DilatedLocal",
+    "GlobalLocal",
+    "Hybrid",
+    "ImageToPrompt",
+    "LocalWindow",
+    "MultiScale",
+    "Pattern",
+    "Random",
+    "RegionFocused",
+    "SAMAttentionSparse",
+    "SparseMultiheadAttention",
+    "Streaming",
+    "Strided",
+    "TokenGrid",
+    "Union",
+    "ViTSparseAttention",
+    "block_sparse_attention",
+    "patch_model",
+    "patch_report",
+    "unpatch_model",
+]
