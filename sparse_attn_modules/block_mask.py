@@ -188,7 +188,8 @@ class BlockMask:
         if name not in self._lists:
             if name == "row_order":
                 counts = self.key_counts
-                self._lists[name] = torch.argsort(counts, dim=-1, descending=True, stable=True).int()
+                with torch.inference_mode(False):
+                    self._lists[name] = torch.argsort(counts, dim=-1, descending=True, stable=True).int()
             elif name.startswith("key"):
                 self._lists["key_counts"], self._lists["key_indices"] = _index_lists(self.blocks)
             else:
