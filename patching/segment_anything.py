@@ -18,7 +18,7 @@ def inspect(site: Site) -> Replaceable | LeftAlone | None:
     known = loaded_class(_ENCODER, "Attention")
     if known is not None and isinstance(layer, known):
         if type(layer) is not known:
-            return LeftAlone(f"SAM {type(layer).__qualname__}", "it is a subclass of segment_anything's Attention")
+            return LeftAlone(f"SAM {type(layer).__name__}", "it is a subclass of segment_anything's Attention")
         build = partial(SAMAttentionSparse.from_module, layer)
         head_dim = round(layer.scale**-2)
         return Replaceable("SAM Attention", layer.num_heads, head_dim, build, partial(_geometry, site))

@@ -54,7 +54,7 @@ def inspect(site: Site) -> Replaceable | LeftAlone | None:
             continue
         kind = "timm samvit Attention" if (module, name) == _SAM_LAYER else f"timm {name}"
         if type(layer) is not known:
-            return LeftAlone(f"timm {type(layer).__qualname__}", f"it is a subclass of timm's {name}")
+            return LeftAlone(f"timm {type(layer).__name__}", f"it is a subclass of timm's {name}")
         return _inspect_sam(site, kind) if (module, name) == _SAM_LAYER else _inspect_vit(site, kind)
     for (module, name), reason in _LEFT_ALONE.items():
         if type(layer) is loaded_class(module, name):
@@ -73,9 +73,9 @@ def _inspect_vit(site: Site, kind: str) -> Replaceable | LeftAlone:
         if (known := loaded_class(module, name)) is not None
     ]
     if type(model)._pos_embed not in layouts:  # type: ignore[attr-defined]
-        return LeftAlone(kind, f"{type(model).__qualname__} lays out its tokens in a way of its own")
+        return LeftAlone(kind, f"{type(model).__name__} lays out its tokens in a way of its own")
     if not hasattr(model.patch_embed, "dynamic_feat_size"):
-        return LeftAlone(kind, f"{type(model.patch_embed).__qualname__} does not tell its grid of patches")
+        return LeftAlone(kind, f"{type(model.patch_embed).__name__} does not tell its grid of patches")
     source = site.source(model.patch_embed, model.num_prefix_tokens)  # type: ignore[arg-type]
 
     def geometry() -> tuple[TokenGrid, int] | None:

@@ -20,13 +20,13 @@ def inspect(site: Site) -> Replaceable | LeftAlone | None:
     if not isinstance(layer, nn.MultiheadAttention):
         return None
     if type(layer) is not nn.MultiheadAttention:
-        return LeftAlone(type(layer).__qualname__, "it is a subclass of nn.MultiheadAttention")
+        return LeftAlone(type(layer).__name__, "it is a subclass of nn.MultiheadAttention")
     vit = loaded_class("torchvision.models.vision_transformer", "VisionTransformer")
     model: Any = None if vit is None else site.ancestor(vit)
     if model is None:
         return LeftAlone(_KIND, "no model around it says how its tokens lie on a grid")
     if type(model) is not vit:
-        return LeftAlone(_KIND, f"{type(model).__qualname__} may lay out its tokens in a way of its own")
+        return LeftAlone(_KIND, f"{type(model).__name__} may lay out its tokens in a way of its own")
     model = site.ancestor(vit)
     side = model.image_size // model.patch_size
     grid = TokenGrid(side, side, prefix=1)

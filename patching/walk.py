@@ -73,7 +73,7 @@ def attention_slots(model: nn.Module) -> list[Slot]:
 def inspect(site: Site) -> Replaceable | LeftAlone | None:
     """What can be done about a module; None if no adapter knows it as an attention layer."""
     if isinstance(site.module, SparseAttention):
-        return LeftAlone(type(site.module).__qualname__, "it is block-sparse already")
+        return LeftAlone(type(site.module).__name__, "it is block-sparse already")
     for adapter in _ADAPTERS:
         verdict = adapter.inspect(site)
         if isinstance(verdict, Replaceable) and "forward" in vars(site.module):
@@ -102,7 +102,7 @@ def _slots_below(
         if verdict is None:
             inside = _slots_below(current, name, ancestors, sources, seen)
             if not inside and _is_called_attention(current):
-                verdict = LeftAlone(type(current).__qualname__, "its forward pass is not reproduced here")
+                verdict = LeftAlone(type(current).__name__, "its forward pass is not reproduced here")
         if verdict is not None:
             slots.append(Slot(name, parent, key, current, original, verdict))
         slots += inside
