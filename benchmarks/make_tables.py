@@ -1,0 +1,80 @@
+"""Writes the tables of README.md and benchmarks/README.md from the records in benchmarks/results.
+
+    python benchmarks/make_tables.py            # rewrites the tables
+    python benchmarks/make_tables.py --check    # only says which files are stale, and exits with 1 if any is
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is that of the script that wrote the
+record, ``results/NAME-<device>.json``. There is one table for each device that has a record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cpu_attention
+from records import RESULTS, Column, caption, read, table
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+# A record whose script is not named here becomes a table of all its keys.
+COLUMNS: dict[str, Sequence[Column]] = {"cpu_attention": cpu_attention.COLUMNS}
+
+_START = re.compile(r"<!-- table: (?P<name>\S+) -->\n")
+_END = "<!-- end -->"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is stale")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("documents", type=Path, nargs="*", default=DOCUMENTS, help="default: both README files")
+    options = parser.parse_args(arguments)
+    stale = []
+    for path in options.documents:
+        text = path.read_text("utf-8")
+        filled = fill(text, options.results)
+        if filled == text:
+            continue
+        stale.append(path)
+        if not options.check:
+            path.write_text(filled, "utf-8")
+    for path in stale:
+        print(f"{path}: {'stale, run python benchmarks/make_tables.py' if options.check else 'tables written'}")
+    return 1 if options.check and stale else 0
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """The text with every table between markers made anew.
+
+    Raises:
+        ValueError: if a marker that begins a table is not followed by one that ends it.
+    """
+    parts, position = [], 0
+    for start in _START.finditer(text):
+        end = text.find(_END, start.end())
+        following = _START.search(text, start.end())
+        if end < 0 or (following is not None and following.start() < end):
+            raise ValueError(f"make_tables: table {start['name']} must be followed by {_END}, got none")
+        parts += [text[position : start.end()], tables(start["name"], results), "\n"]
+        position = end
+    return "".join([*parts, text[position:]])
+
+
+def tables(name: str, results: Path = RESULTS) -> str:
+    """The tables of a script, one for each device that has a record, each with what it was measured on."""
+    paths = sorted(results.glob(f"{name}-*.json"))
+    if not paths:
+        return "*Not measured yet.*"
+    sections = []
+    for path in paths:
+        meta, rows = read(path)
+        sections.append(f"{table(rows, COLUMNS.get(name))}\n\n*{caption(meta)}*")
+    return "\n\n".join(sections)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The records of measurements and the tables made from them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+META = {"device": "Some CPU", "torch": "2.10.0", "cuda": None, "git": "0123456789abcdef", "date": "2026-01-02T03:04:05"}
+ROW_KEYS = {"implementation", "B", "H", "N", "D", "dtype", "pattern", "density", "relative_position"}
+ROW_KEYS |= {"fwd_ms", "bwd_ms", "fwd_tflops", "bwd_tflops", "peak_mib"}
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """Scripts import each other as when they are run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """What the script writes for one small size."""
+    path = tmp_path_factory.mktemp("results") / "cpu_attention-cpu.json"
+    command = [sys.executable, BENCHMARKS / "cpu_attention.py", "--tokens", "1024", "--densities", "1", "0.5", "0.2"]
+    command += ["--rounds", "1", "--threads", "1", "--out", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return path, done.stdout
+
+
+def test_the_record_of_cpu_attention(record):
+    path, printed = record
+    content = json.loads(path.read_text())
+    assert content.keys() == {"meta", "rows"}
+    meta, rows = content["meta"], content["rows"]
+    assert meta["torch"] == torch.__version__
+    assert meta["threads"] == 1
+    assert meta["cuda"] is None
+    assert meta["device"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", meta["date"])
+    assert meta["git"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", meta["git"])
+
+    assert [row["implementation"] for row in rows] == ["sdpa", "ours", "ours", "ours"]
+    assert [round(row["density"], 3) for row in rows] == [1, 1, 0.5, 0.25]  # 32 × 32 patches are 4 × 2 tiles
+    for row in rows:
+        assert row.keys() >= ROW_KEYS
+        assert row["fwd_ms"] > 0
+        assert row["bwd_ms"] > 0
+        assert row["fwd_bwd_ms"] > row["bwd_ms"]
+        assert row["fwd_speedup"] == pytest.approx(rows[0]["fwd_ms"] / row["fwd_ms"])
+        active = row["fwd_tflops"] * row["fwd_ms"] / (rows[0]["fwd_tflops"] * rows[0]["fwd_ms"])
+        assert active == pytest.approx(row["density"], rel=1e-6)  # tiles are full here, so tokens go as blocks
+    assert "| " in printed
+    assert str(path) in printed
+
+
+def test_peak_memory_counts_what_is_held_at_one_time():
+    from cpu_attention import peak_mib
+
+    def two_then_one():
+        a, b = torch.zeros(2**20), torch.zeros(2**20)  # 4 MiB each
+        del a, b
+        torch.zeros(2**19)
+
+    assert peak_mib(two_then_one) == pytest.approx(8, abs=0.1)
+
+
+def test_write_and_read(tmp_path):
+    import records
+
+    path = tmp_path / "new" / "attention-cpu.json"
+    rows = [{"density": 0.25, "fwd_ms": 1.5}]
+    records.write(path, META, rows)
+    assert records.read(path) == (META, rows)
+    assert records.result_path("attention", "cpu", tmp_path) == tmp_path / "attention-cpu.json"
+    assert (
+        records.environment("cpu", rounds=3).items() >= {"rounds": 3, "torch": torch.__version__, "cuda": None}.items()
+    )
+    with pytest.raises(ValueError, match="rows must not be empty"):
+        records.write(path, META, [])
+    with pytest.raises(ValueError, match=r"meta must hold .* got none of git"):
+        records.write(path, {key: value for key, value in META.items() if key != "git"}, rows)
+
+
+def test_caption_names_device_versions_commit_and_date():
+    import records
+
+    assert records.caption({**META, "threads": 2}) == (
+        "Some CPU, torch 2.10.0, 2 threads, commit 0123456789, 2026-01-02"
+    )
+    on_gpu = {**META, "device": "NVIDIA H200", "cuda": "13.0", "threads": 16, "git": "0123456789abcdef-dirty"}
+    assert records.caption(on_gpu) == ("NVIDIA H200, torch 2.10.0, CUDA 13.0, commit 0123456789-dirty, 2026-01-02")
+    assert "commit" not in records.caption({**META, "git": None})
+
+
+def test_table():
+    from records import Column, table
+
+    rows = [{"name": "a|b", "ms": 1.25, "ok": True}, {"name": "long name", "ms": None, "ok": False}]
+    columns = [
+        Column("name", "name"),
+        Column("ms", "ms", ".1f"),
+        Column("twice", lambda r: (r["ms"] or 1) * 2),
+        Column("ok", "ok"),
+    ]
+    assert table(rows, columns).splitlines() == [
+        "| name      |  ms | twice | ok  |",
+        "| --------- | --: | ----: | --- |",
+        r"| a\|b      | 1.2 |   2.5 | yes |",
+        "| long name |     |     2 | no  |",
+    ]
+    assert table([{"n": 3, "x": 0.12345}, {"y": 1.0}]).splitlines()[2:] == [
+        "|   3 | 0.1235 |     |",
+        "|     |        |   1 |",
+    ]
+
+
+def run_make_tables(*arguments):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "make_tables.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_tables_are_written_between_markers_and_checked(record, tmp_path):
+    results = record[0].parent
+    document = tmp_path / "README.md"
+    document.write_text(
+        "# Title\n<!-- table: cpu_attention -->\nold\n<!-- end -->\ntext\n"
+        "<!-- table: never_run -->\n<!-- end -->\nlast\n"
+    )
+    before = document.read_text()
+    code, printed = run_make_tables("--check", "--results", results, document)
+    assert code == 1
+    assert f"{document}: stale" in printed
+    assert document.read_text() == before
+
+    assert run_make_tables("--results", results, document)[0] == 0
+    text = document.read_text()
+    assert text.startswith("# Title\n<!-- table: cpu_attention -->\n| tokens | attention")
+    assert text.endswith("text\n<!-- table: never_run -->\n*Not measured yet.*\n<!-- end -->\nlast\n")
+    assert "old" not in text
+    rows = json.loads(record[0].read_text())["rows"]
+    assert all(f"{row['fwd_ms']:.1f}" in text for row in rows)
+    assert f"{rows[2]['fwd_speedup']:.2f}×" in text
+    assert "torch " + torch.__version__ in text
+    assert run_make_tables("--check", "--results", results, document) == (0, "")
+
+    document.write_text(text.replace(f"{rows[2]['fwd_speedup']:.2f}×", "99.00×"))  # typed by hand
+    assert run_make_tables("--check", "--results", results, document)[0] == 1
+
+
+def test_one_table_for_each_device_of_any_script(tmp_path):
+    import make_tables
+    import records
+
+    records.write(tmp_path / "encoders-a100.json", {**META, "device": "A100"}, [{"model": "vit", "ms": 2.0}])
+    records.write(tmp_path / "encoders-h200.json", {**META, "device": "H200"}, [{"model": "vit", "ms": 1.0}])
+    text = make_tables.fill("<!-- table: encoders -->\n<!-- end -->", tmp_path)
+    assert text.index("A100") < text.index("H200")
+    assert text.count("| model |  ms |") == 2
+
+
+def test_a_marker_without_an_end():
+    import make_tables
+
+    for text in (
+        "<!-- table: a -->\n",
+        "<!-- table: a -->\n<!-- table: b -->\n<!-- end -->\n",
+    ):
+        with pytest.raises(ValueError, match="table a must be followed by <!-- end -->"):
+            make_tables.fill(text)
+
+
+def test_the_tables_of_this_repository_are_up_to_date():
+    code, printed = run_make_tables("--check")
+    assert code == 0, printed
