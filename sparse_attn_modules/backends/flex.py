@@ -69,7 +69,7 @@ def backward(
 
 def attend(inputs: AttentionInputs, flex_attention: Callable[..., Any]) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by a given ``flex_attention``, compiled or not."""
-    from torch.nn.attention.flex_attention import BlockMask
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
     query_slots, key_slots = (_Slots(grid, inputs.query.device) for grid in (inputs.query_grid, inputs.key_grid))
     query = inputs.query[:, :, query_slots.tokens]  # [B, H, query blocks × block size, D]
@@ -108,7 +108,7 @@ def attend(inputs: AttentionInputs, flex_attention: Callable[..., Any]) -> tuple
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return score + rel_h[b, h, q, rows[k]] + rel_w[b, h, q, columns[k]]
 
-    out, lse = flex_attention(
+    out, auxiliary = flex_attention(
         query,
         key,
         value,
@@ -116,9 +116,9 @@ def attend(inputs: AttentionInputs, flex_attention: Callable[..., Any]) -> tuple
         block_mask=mask,
         scale=inputs.scale,
         enable_gqa=inputs.heads_per_key_head > 1,
-        return_lse=True,
+        return_aux=AuxRequest(lse=True),
     )
-    out, lse = out[:, :, query_slots.of_token], lse[:, :, query_slots.of_token]
+    out, lse = out[:, :, query_slots.of_token], auxiliary.lse[:, :, query_slots.of_token]
     return tokens_before_heads(out), lse.to(inputs.statistics_dtype)
 
 

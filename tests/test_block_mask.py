@@ -1,0 +1,146 @@
+"""BlockMask: lists, densities, token masks, set operations."""
+
+import copy
+import pickle
+import time
+
+import pytest
+import torch
+
+from sparse_attn_modules import BlockMask, LocalWindow, Random, TokenGrid
+
+QUERIES = TokenGrid(5, 9, prefix=3, suffix=2, tile=(2, 4))
+KEYS = TokenGrid(7, 4, suffix=9, tile=(3, 2))
+
+
+def random_mask(batch=2, heads=3, density=0.4, query_grid=QUERIES, key_grid=KEYS):
+    return BlockMask(
+        torch.rand(batch, heads, query_grid.num_blocks, key_grid.num_blocks) < density, query_grid, key_grid
+    )
+
+
+def test_index_lists_in_both_directions():
+    mask = random_mask()
+    mask.blocks[0, 1, 2] = False
+    mask.blocks[1, 0, :, 1] = True
+    for blocks, counts, indices in (
+        (mask.blocks, mask.key_counts, mask.key_indices),
+        (mask.blocks.mT, mask.query_counts, mask.query_indices),
+    ):
+        assert counts.dtype == indices.dtype == torch.int32
+        assert indices.shape == blocks.shape
+        for place in torch.cartesian_prod(*(torch.arange(size) for size in blocks.shape[:3])).tolist():
+            active = blocks[tuple(place)].nonzero().flatten().tolist()
+            assert counts[tuple(place)] == len(active)
+            listed = indices[tuple(place)].tolist()
+            assert listed[: len(active)] == active
+            assert sorted(listed) == list(range(blocks.shape[3]))
+
+
+def test_lists_are_built_once():
+    mask = random_mask()
+    assert mask.key_indices is mask.key_indices
+    assert mask.query_counts is mask.query_counts
+
+
+def test_row_order_puts_the_heaviest_first():
+    mask = random_mask()
+    counts = mask.key_counts.gather(-1, mask.row_order.long())
+    assert (counts[..., :-1] >= counts[..., 1:]).all()
+
+
+def test_token_mask_and_back():
+    mask = random_mask()
+    tokens = mask.token_mask()
+    query_blocks, key_blocks = QUERIES.block_of_token().tolist(), KEYS.block_of_token().tolist()
+    for query, key in ((0, 0), (4, 17), (46, 36), (20, 30)):
+        assert tokens[1, 2, query, key] == mask.blocks[1, 2, query_blocks[query], key_blocks[key]]
+    for reduce in ("any", "all"):
+        back = BlockMask.from_token_mask(tokens, QUERIES, KEYS, reduce=reduce)
+        assert back.blocks.equal(mask.blocks)
+
+
+def test_from_token_mask_takes_any_or_all():
+    tokens = torch.zeros(QUERIES.num_tokens, KEYS.num_tokens, dtype=torch.bool)
+    tokens[10, 20] = True
+    block = QUERIES.block_of_token()[10], KEYS.block_of_token()[20]
+    superset = BlockMask.from_token_mask(tokens, QUERIES, KEYS)
+    assert superset.blocks.sum() == 1
+    assert superset.blocks[0, 0][block]
+    assert not BlockMask.from_token_mask(tokens, QUERIES, KEYS, reduce="all").blocks.any()
+
+
+def test_densities():
+    mask = random_mask()
+    assert mask.density == pytest.approx(mask.blocks.float().mean().item())
+    assert mask.token_density == pytest.approx(mask.token_mask().float().mean().item())
+    assert BlockMask.dense(QUERIES).density == 1
+
+
+def test_dense_is_known_without_looking():
+    assert BlockMask.dense(QUERIES, KEYS).is_dense
+    everything = torch.ones(QUERIES.num_blocks, KEYS.num_blocks, dtype=torch.bool)
+    assert BlockMask(everything, QUERIES, KEYS).is_dense
+    assert not random_mask().is_dense
+    assert not BlockMask(everything.to("meta"), QUERIES, KEYS).is_dense
+
+
+def test_union_and_intersection_broadcast():
+    first, second = random_mask(batch=1), random_mask(heads=1)
+    assert (first | second).blocks.equal(first.blocks | second.blocks)
+    assert first.union(second).blocks.equal((first | second).blocks)
+    assert first.intersection(second).blocks.equal(first.blocks & second.blocks)
+    assert (first & second).blocks.shape == (2, 3, QUERIES.num_blocks, KEYS.num_blocks)
+    with pytest.raises(ValueError, match="union must be of masks on the same grids"):
+        first | random_mask(key_grid=QUERIES)
+    with pytest.raises(TypeError, match="intersection must be with a BlockMask, got int"):
+        first & 1
+
+
+def test_to_moves_and_returns_itself_where_it_is():
+    mask = random_mask()
+    assert mask.to("cpu") is mask
+    assert mask.to("meta").device.type == "meta"
+    assert BlockMask.dense(QUERIES).to("meta").is_dense
+
+
+def test_copies_drop_the_lists_and_rebuild_them():
+    mask = random_mask()
+    mask.key_counts  # noqa: B018
+    for copied in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert copied._lists == {}
+        assert copied.key_indices.equal(mask.key_indices)
+
+
+def test_accepts_two_and_three_dimensions():
+    blocks = torch.rand(3, QUERIES.num_blocks, KEYS.num_blocks) < 0.5
+    assert BlockMask(blocks, QUERIES, KEYS).blocks.shape[:2] == (1, 3)
+    assert BlockMask(blocks[0], QUERIES, KEYS).blocks.shape[:2] == (1, 1)
+
+
+def test_bad_input_is_refused():
+    blocks = torch.ones(QUERIES.num_blocks, KEYS.num_blocks, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"BlockMask: blocks must be a boolean tensor, got torch\.float32"):
+        BlockMask(blocks.float(), QUERIES, KEYS)
+    with pytest.raises(TypeError, match="BlockMask: blocks must be a boolean tensor, got list"):
+        BlockMask([[True]], QUERIES, KEYS)
+    with pytest.raises(ValueError, match=r"BlockMask: blocks must have shape \[B \| 1, H \| 1, 11, 8\]"):
+        BlockMask(blocks[1:], QUERIES, KEYS)
+    with pytest.raises(ValueError, match="token_mask must end in"):
+        BlockMask.from_token_mask(torch.ones(3, 3, dtype=torch.bool), QUERIES, KEYS)
+    with pytest.raises(TypeError, match="token_mask must be a boolean tensor"):
+        BlockMask.from_token_mask(torch.ones(QUERIES.num_tokens, KEYS.num_tokens), QUERIES, KEYS)
+    with pytest.raises(ValueError, match="reduce must be 'any' or 'all', got 'some'"):
+        BlockMask.from_token_mask(random_mask().token_mask(), QUERIES, KEYS, reduce="some")
+
+
+@pytest.mark.parametrize("make", [lambda seed: LocalWindow(density=0.2 + seed * 1e-6), lambda seed: Random(0.2, seed)])
+def test_construction_at_64_by_64_with_16_heads_is_quick(make):
+    grid = TokenGrid(64, 64)
+    times = []
+    for seed in range(9):
+        start = time.perf_counter()
+        mask = make(seed).mask(grid, 16)  # another pattern each time: nothing comes from the cache
+        _ = mask.key_indices, mask.query_indices, mask.row_order
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[len(times) // 2] < 0.01
