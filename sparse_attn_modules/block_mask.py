@@ -42,8 +42,10 @@ class BlockMask:
         self.query_grid = query_grid
         self.key_grid = key_grid
         self._lists: dict[str, Tensor] = {}
-        # Looking at values on an accelerator would wait for it, so there a mask counts as dense only if declared so.
-        self._is_dense: bool | None = None if self.blocks.device.type == "cpu" else False
+        # Looking at values would wait for an accelerator and break a compiled graph; a mask then counts as dense only
+        # if it is declared so.
+        may_look = self.blocks.device.type == "cpu" and not torch.compiler.is_compiling()
+        self._is_dense = may_look and bool(self.blocks.all())
 
     @classmethod
     def dense(
@@ -107,8 +109,6 @@ class BlockMask:
     @property
     def is_dense(self) -> bool:
         """Whether every pair is known to be active. Never waits for an accelerator."""
-        if self._is_dense is None:
-            self._is_dense = bool(self.blocks.all())
         return self._is_dense
 
     @property

@@ -187,7 +187,7 @@ def test_selection_names_the_reason():
 def test_when_nothing_can_run_every_reason_is_listed(monkeypatch):
     for name, backend in BACKENDS.items():
         monkeypatch.setattr(backend, "why_not", lambda request, name=name: f"{name} is out")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="no backend can run") as error:
         select_backend(request())
     for name in BACKENDS:
         assert f"{name}: {name} is out" in str(error.value)

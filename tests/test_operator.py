@@ -1,0 +1,180 @@
+"""A real torch operator: opcheck, compile, export, gradcheck, one order of gradients."""
+
+import threading
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from sparse_attn_modules import BlockMask, Dense, LocalWindow, Random, TokenGrid, block_sparse_attention
+from sparse_attn_modules.modules import SparseAttention
+from sparse_attn_modules.patterns.traced import register_for_tracing
+
+GRID = TokenGrid(6, 7, prefix=1, tile=(2, 4))
+MASK = Random(0.4).mask(GRID, 2)
+
+
+def inputs(dtype=torch.float64, requires_grad=True, batch=1):
+    return [torch.randn(batch, 2, GRID.num_tokens, 4, dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
+
+
+def relative_position(dtype=torch.float64):
+    return tuple(
+        torch.randn(1, 2, GRID.num_tokens, size, dtype=dtype, requires_grad=True) for size in (GRID.height, GRID.width)
+    )
+
+
+def operator_arguments(query, key, value, rel_h=None, rel_w=None, backend="gathered", with_lse=True):
+    mask = MASK
+    return (
+        query,
+        key,
+        value,
+        mask.blocks,
+        mask.key_counts,
+        mask.key_indices,
+        mask.row_order,
+        mask.query_counts,
+        mask.query_indices,
+        rel_h,
+        rel_w,
+        None,
+        None,
+        mask.query_grid.pack(),
+        mask.key_grid.pack(),
+        0.5,
+        0.0,
+        False,
+        backend,
+        with_lse,
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "gathered"])
+@pytest.mark.parametrize("with_relative_position", [False, True])
+def test_opcheck(backend, with_relative_position):
+    rel = relative_position() if with_relative_position else (None, None)
+    arguments = operator_arguments(*inputs(), *rel, backend=backend)
+    torch.library.opcheck(torch.ops.sparse_attn_modules.attention_forward.default, arguments)
+
+
+def test_opcheck_of_the_traced_mask():
+    name = register_for_tracing(Random(0.4))
+    arguments = (name, GRID.pack(), GRID.pack(), 2, torch.device("cpu"))
+    torch.library.opcheck(torch.ops.sparse_attn_modules.pattern_mask.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gathered"])
+def test_gradcheck(backend):
+    rel_h, rel_w = relative_position()
+    padding = torch.zeros(1, GRID.num_tokens, dtype=torch.bool)
+    padding[:, ::5] = True
+
+    def attend(query, key, value, rel_h, rel_w):
+        return block_sparse_attention(
+            query, key, value, MASK, relative_position=(rel_h, rel_w), key_padding_mask=padding, backend=backend
+        )
+
+    assert torch.autograd.gradcheck(attend, (*inputs(), rel_h, rel_w), fast_mode=True)
+
+
+def test_double_backward_is_refused():
+    query, key, value = inputs()
+    out = block_sparse_attention(query, key, value, MASK)
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="block_sparse_attention: gradients must be of first order"):
+        grad.sum().backward()
+
+
+def test_only_log_sum_exp_may_be_differentiated():
+    query, key, value = inputs()
+    _, lse = block_sparse_attention(query, key, value, MASK, return_lse=True)
+    grads = torch.autograd.grad(lse.sum(), [query, key, value])
+    assert grads[0].abs().max() > 0
+    assert (grads[2] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph_forward_and_backward(backend):
+    def attend(query, key, value, mask):
+        return block_sparse_attention(query, key, value, mask).square()
+
+    query, key, value = inputs(torch.float32)
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    out, expected = compiled(query, key, value, MASK), attend(query, key, value, MASK)
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad(out.sum(), [query, key, value])
+    for grad, expected_grad in zip(grads, torch.autograd.grad(expected.sum(), [query, key, value])):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_another_mask_of_the_same_geometry_does_not_recompile():
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def attend(query, key, value, blocks):
+        return block_sparse_attention(query, key, value, BlockMask(blocks, GRID))
+
+    query, key, value = inputs(torch.float32)
+    for seed in range(4):
+        blocks = torch.rand(2, GRID.num_blocks, GRID.num_blocks, generator=torch.Generator().manual_seed(seed)) < 0.5
+        out = attend(query, key, value, blocks)
+        torch.testing.assert_close(out, block_sparse_attention(query, key, value, BlockMask(blocks, GRID)))
+    assert counter.frame_count == 1
+
+
+class Layer(SparseAttention):
+    """Attention of an image [B, H, W, C] to itself, with two heads."""
+
+    def forward(self, image):
+        height, width = image.shape[1:3]
+        tokens = image.flatten(1, 2).unflatten(-1, (2, -1)).transpose(1, 2)
+        return self.attend(tokens, tokens, tokens, TokenGrid(height, width, tile=(2, 4)))
+
+
+@pytest.mark.parametrize("pattern", [Dense(), LocalWindow(density=0.5), Random(0.5)])
+def test_a_module_compiles_over_changing_grids(pattern):
+    layer = Layer(pattern)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for height, width in ((5, 7), (6, 6), (5, 7), (9, 4)):
+        image = torch.randn(2, height, width, 8)
+        # Compiled first, so that no mask has been made for this grid outside of it.
+        torch.testing.assert_close(compiled(image), layer(image))
+    torch.compiler.reset()
+
+
+def test_export_and_run_the_program():
+    layer = Layer(Random(0.5))
+    image = torch.randn(2, 5, 7, 8)
+    program = torch.export.export(layer, (image,))
+    other = torch.randn(2, 5, 7, 8)
+    torch.testing.assert_close(program.module()(other), layer(other))
+
+
+def test_inference_mode_first_then_training():
+    layer = Layer(Random(0.7, seed=99))
+    with torch.inference_mode():
+        layer(torch.randn(1, 7, 5, 8))
+    image = torch.randn(1, 7, 5, 8, requires_grad=True)
+    layer(image).sum().backward()
+    assert image.grad.isfinite().all()
+
+
+def test_two_threads_agree_with_one():
+    images = [torch.randn(1, height, 8, 8) for height in (5, 6, 7, 8)]
+    layer = Layer(Random(0.5))
+    expected = [Layer(Random(0.5))(image) for image in images]
+    failures = []
+
+    def work(offset):
+        for step in range(20):
+            index = (step + offset) % len(images)
+            if not torch.equal(layer(images[index]), expected[index]):
+                failures.append(index)
+
+    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
