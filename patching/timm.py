@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from ..modules import SAMAttentionSparse, ViTSparseAttention
 from ..token_grid import TokenGrid
 from .adapters import LeftAlone, Replaceable, Site, loaded_class, loaded_classes
@@ -86,7 +84,7 @@ def _inspect_vit(site: Site, kind: str) -> Replaceable | LeftAlone:
         pattern = DenseOnFewTiles.around(pattern)
         return ViTSparseAttention.from_module(layer, pattern, source, backend, compute_dtype)
 
-    return Replaceable(kind, layer.num_heads, layer.head_dim, build, geometry, source)
+    return Replaceable(kind, layer.num_heads, round(layer.scale**-2), build, geometry, source)
 
 
 def _inspect_sam(site: Site, kind: str) -> Replaceable | LeftAlone:
@@ -96,8 +94,8 @@ def _inspect_sam(site: Site, kind: str) -> Replaceable | LeftAlone:
     window = getattr(block, "window_size", 0)
     source = None if model is None else site.source(model.patch_embed, prefix=0)
     build = partial(SAMAttentionSparse.from_module, layer)
-    head_dim = layer.qkv.out_features // 3 // layer.num_heads if isinstance(layer.qkv, nn.Linear) else layer.head_dim
-    return Replaceable(kind, layer.num_heads, head_dim, build, partial(windows_of, source, window), source)
+    geometry = partial(windows_of, source, window)
+    return Replaceable(kind, layer.num_heads, round(layer.scale**-2), build, geometry, source)
 
 
 def windows_of(source: GridSource | None, window: int) -> tuple[TokenGrid, int] | None:

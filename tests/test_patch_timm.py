@@ -35,6 +35,11 @@ FAMILIES = {
     "eva": ("eva_large_patch14_196", {"img_size": (42, 70)}, (42, 70)),
     "dinov3": ("vit_small_patch16_dinov3", {}, (48, 80)),
     "dinov3, biases": ("vit_small_patch16_dinov3_qkvb", {}, (64, 48)),
+    "sapiens2, grouped queries": (
+        "vit_base_patch16_sapiens2",
+        {"img_size": (48, 80), "num_kv_heads": (None, 1)},
+        (48, 80),
+    ),
     "samvit": (
         "samvit_base_patch16",
         {"img_size": 96, "window_size": 4, "global_attn_indexes": (1,)},

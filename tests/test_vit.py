@@ -55,7 +55,7 @@ def inputs(layer: nn.Module, batch: int = 2) -> tuple[torch.Tensor, dict]:
     x = torch.randn(batch, GRID.num_tokens, DIM, dtype=torch.float64)
     if isinstance(layer, timm_attention.Attention):
         return x, {}
-    return x, {"rope": torch.randn(GRID.num_patches, 2 * layer.head_dim, dtype=torch.float64)}
+    return x, {"rope": torch.randn(GRID.num_patches, 2 * round(layer.scale**-2), dtype=torch.float64)}
 
 
 def gradients(out: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ def allowed_pairs(grid: TokenGrid) -> torch.Tensor:
 def test_sparse_pattern_equals_masked_attention(given):
     layer = make("rope, grouped queries")
     x = torch.randn(2, LARGE.num_tokens, DIM, dtype=torch.float64)
-    rope = torch.randn(LARGE.num_patches, 2 * layer.head_dim, dtype=torch.float64)
+    rope = torch.randn(LARGE.num_patches, 2 * round(layer.scale**-2), dtype=torch.float64)
     allowed = allowed_pairs(LARGE)
     new = ViTSparseAttention.from_module(layer, CustomPattern(random_tiles), LARGE)
     arguments, oracle_mask = {}, allowed

@@ -154,9 +154,10 @@ class ViTSparseAttention(SparseAttention):
         new._buffers.update(layer._buffers)
         new._non_persistent_buffers_set.update(layer._non_persistent_buffers_set)
         new._modules.update(layer._modules)
-        for name, absent in _ABSENT.items():
+        absent = {**_ABSENT, "num_kv_heads": new.num_heads, "head_dim": round(new.scale**-2)}
+        for name, value in absent.items():
             if not hasattr(new, name):
-                setattr(new, name, new.num_heads if name == "num_kv_heads" else absent)
+                setattr(new, name, value)
         new.grid = grid
         return new
 
@@ -294,7 +295,6 @@ _ABSENT: dict[str, Any] = {
     **dict.fromkeys(("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias", "gate")),
     "num_prefix_tokens": None,
     "rotate_half": False,
-    "num_kv_heads": None,
 }
 
 
