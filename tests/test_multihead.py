@@ -255,6 +255,23 @@ def test_a_learned_attn_mask_gets_its_gradient():
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
+def test_a_mask_of_the_most_negative_number_in_a_narrower_dtype(need_weights):
+    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True, compute_dtype=torch.float16)
+    x = torch.randn(2, 30, DIM)
+    masks = torch.zeros(2, 30, dtype=torch.bool), torch.rand(30, 30) < 0.3
+    masks[0][0, 12:] = True
+    masks[1][:, 0] = False
+    most_negative = [torch.zeros(mask.shape).masked_fill(mask, torch.finfo(torch.float32).min) for mask in masks]
+    (expected, _), (actual, _) = (
+        sparse(x, x, x, key_padding_mask=padding, attn_mask=pairs, need_weights=need_weights)
+        for padding, pairs in (masks, most_negative)
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+    everything = torch.full((30, 30), torch.finfo(torch.float32).min)
+    assert sparse(x, x, x, attn_mask=everything, need_weights=need_weights)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("with_attn_mask", [True, False])
 def test_a_query_without_keys_yields_the_projection_of_zero(need_weights, with_attn_mask):
     layer = make_layer(batch_first=True)
@@ -386,6 +403,26 @@ def test_an_encoder_that_makes_nested_tensors_of_padding():
     assert (actual[padding] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_nested_tensors_keep_their_place_on_a_grid():
+    _, sparse = sparse_encoder()
+    grid = TokenGrid(20, 16, tile=(4, 16))
+    for layer in sparse.layers:
+        layer.self_attn.grid = grid
+    x = torch.randn(2, 320, DIM, dtype=torch.float64)
+    padding = torch.zeros(2, 320, dtype=torch.bool)
+    padding[0, 200:] = padding[1, 290:] = True  # the longest sequence is shorter than the grid
+    with torch.inference_mode():
+        actual = sparse(x, src_key_padding_mask=padding)
+        sparse.use_nested_tensor = False
+        expected = sparse(x, src_key_padding_mask=padding)
+        for layer in sparse.layers:
+            layer.self_attn.grid = None
+        elsewhere = sparse(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(actual[~padding], expected[~padding], rtol=1e-8, atol=1e-9)
+    assert (elsewhere - expected)[~padding].abs().max() > 0.05
+
+
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 def test_an_encoder_built_from_a_sparse_layer():
     layer = nn.TransformerEncoderLayer(DIM, HEADS, 32, batch_first=True, dtype=torch.float64)
@@ -455,6 +492,13 @@ def test_compiles_without_a_mask_built_before():
     torch.testing.assert_close(compiled(*tensors)[0], sparse(*tensors)[0])
     longer = inputs(sparse, 1, 500, None, True, torch.float32)
     torch.testing.assert_close(compiled(*longer)[0], sparse(*longer)[0])
+
+
+def test_exports():
+    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True, pattern=RANDOM)
+    x = torch.randn(1, 300, DIM)
+    program = torch.export.export(sparse, (x, x, x), {"need_weights": False})
+    torch.testing.assert_close(program.module()(x, x, x, need_weights=False)[0], sparse(x, x, x)[0])
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

@@ -39,7 +39,8 @@ def masked_attention(
     if bias is not None:
         forbidden = bias == -torch.inf
         allowed = ~forbidden if allowed is None else allowed & ~forbidden
-        bias = bias.to(query.dtype).masked_fill(forbidden, 0)
+        # Masks of the most negative number of a wider dtype would overflow to −inf here, and a row of them to NaN.
+        bias = bias.to(query.dtype).clamp(min=torch.finfo(query.dtype).min / 2).masked_fill(forbidden, 0)
     has_key = None
     if allowed is not None:
         has_key = allowed.any(-1, keepdim=True)  # [B, H, Nq, 1]

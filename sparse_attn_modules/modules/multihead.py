@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..patterns import Pattern
+from ..patterns import Dense, Pattern
 from ..token_grid import TokenGrid
 from .base import SparseAttention
 from .masked import masked_attention
@@ -38,10 +38,11 @@ class SparseMultiheadAttention(nn.MultiheadAttention, SparseAttention):
     another, attention is dense and says so once in the log: a mask is never misplaced. The keys added by
     ``add_bias_kv`` and ``add_zero_attn`` count as extra tokens, which every query sees.
 
-    Computed densely, under the pattern all the same: ``need_weights=True`` (the default, as in the original: pass False
-    for speed), an ``attn_mask``, and a floating-point ``key_padding_mask`` with values other than 0 and −inf (under
-    ``torch.compile`` any floating-point one, since its values cannot be looked at). A query with no key to attend to
-    yields the output projection of 0, where the original yields NaN.
+    Computed densely, under the pattern all the same: ``need_weights=True`` (the default, as in the original: pass
+    False for speed), an ``attn_mask``, and a floating-point ``key_padding_mask`` with values other than 0 and −inf.
+    Looking at its values waits for an accelerator, and cannot be done under ``torch.compile``, where any floating-point
+    one is taken for such: a boolean mask is better. A query with no key to attend to yields the output projection of 0,
+    where the original yields NaN.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as for
@@ -252,10 +253,11 @@ class SparseMultiheadAttention(nn.MultiheadAttention, SparseAttention):
         key_grid = self.grid if self.key_grid is None else self.key_grid
         if (queries, keys) == (self.grid.num_tokens, key_grid.num_tokens):
             return self.grid, key_grid
-        log_once(
-            f"{_NAME}: attention is dense, because {queries} query and {keys} key tokens do not fit the grids of "
-            f"{self.grid} and {key_grid}"
-        )
+        if not isinstance(self.pattern, Dense):
+            log_once(
+                f"{_NAME}: attention is dense, because {queries} query and {keys} key tokens do not fit the grids of "
+                f"{self.grid} and {key_grid}"
+            )
         return None
 
     def _with_extra_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
