@@ -2,16 +2,14 @@
 
 import copy
 import logging
-import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from sparse_attn_modules import BlockMask, TokenGrid
+from sparse_attn_modules import TokenGrid
 from sparse_attn_modules.modules import SparseMultiheadAttention, notices
-from sparse_attn_modules.modules.masked import masked_attention
-from sparse_attn_modules.patterns import CustomPattern, Dense, LocalWindow, Pattern
+from sparse_attn_modules.patterns import CustomPattern, Dense, LocalWindow
 
 DIM, HEADS = 24, 4
 KINDS = {
@@ -308,164 +306,6 @@ def test_dropout_acts_in_training_only():
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 300, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_shares_parameters_and_state_dict_keys(kind):
-    layer = make_layer(batch_first=True, dropout=0.1, **KINDS[kind]).eval()
-    layer.out_proj.weight.requires_grad_(False)
-    sparse = SparseMultiheadAttention.from_module(layer, LocalWindow(density=0.3))
-    assert isinstance(sparse, nn.MultiheadAttention)
-    assert list(sparse.state_dict()) == list(layer.state_dict())
-    parameters = dict(layer.named_parameters())
-    assert list(dict(sparse.named_parameters())) == list(parameters)
-    assert all(parameter is parameters[name] for name, parameter in sparse.named_parameters())
-    assert sparse.out_proj is layer.out_proj
-    assert not sparse.training
-    assert sparse.dropout == 0.1
-
-    other = SparseMultiheadAttention(DIM, HEADS, batch_first=True, **KINDS[kind], dtype=torch.float64).eval()
-    assert list(other.state_dict()) == list(layer.state_dict())
-    other.load_state_dict(layer.state_dict())
-    tensors = inputs(layer, 1, 20, 20, True)
-    torch.testing.assert_close(other(*tensors), layer(*tensors), rtol=1e-9, atol=1e-11)
-    fresh = nn.MultiheadAttention(DIM, HEADS, batch_first=True, **KINDS[kind]).double().eval()
-    fresh.load_state_dict(sparse.state_dict())
-    torch.testing.assert_close(fresh(*tensors), layer(*tensors), rtol=1e-9, atol=1e-11)
-
-
-def test_starts_from_the_same_random_weights():
-    torch.manual_seed(3)
-    original = nn.MultiheadAttention(DIM, HEADS, add_bias_kv=True)
-    torch.manual_seed(3)
-    sparse = SparseMultiheadAttention(DIM, HEADS, add_bias_kv=True)
-    torch.testing.assert_close(dict(sparse.state_dict()), dict(original.state_dict()), rtol=0, atol=0)
-
-
-def test_calls_the_output_projection_so_that_adapters_act():
-    layer = make_layer(batch_first=True)
-    sparse = SparseMultiheadAttention.from_module(layer)
-    x = torch.randn(1, 20, DIM, dtype=torch.float64)
-    expected = 2 * layer(x, x, x)[0]
-    layer.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
-    torch.testing.assert_close(sparse(x, x, x)[0], expected, rtol=1e-9, atol=1e-11)
-
-
-def sparse_encoder(layers=2, pattern=RANDOM, **arguments):
-    """An encoder in eval mode, with the original and with sparse attention."""
-    layer = nn.TransformerEncoderLayer(DIM, HEADS, 32, batch_first=True, dtype=torch.float64, **arguments)
-    original = nn.TransformerEncoder(layer, layers).eval()
-    for name, parameter in original.named_parameters():
-        if "in_proj" in name:  # large logits, so that it matters which keys are seen
-            nn.init.normal_(parameter)
-    sparse = copy.deepcopy(original)
-    for encoder_layer in sparse.layers:
-        encoder_layer.self_attn = SparseMultiheadAttention.from_module(encoder_layer.self_attn, pattern)
-    return original, sparse
-
-
-def pair_mask(mask, batch):
-    return ~mask.token_mask().expand(batch, HEADS, -1, -1).flatten(0, 1)
-
-
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
-@pytest.mark.parametrize("copied", [False, True])
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_the_fused_fast_path_of_an_encoder_is_not_taken(copied, norm_first):
-    original, sparse = sparse_encoder(norm_first=norm_first)
-    if copied:
-        sparse = pickle.loads(pickle.dumps(copy.deepcopy(sparse)))
-    x = torch.randn(2, 300, DIM, dtype=torch.float64)
-    mask = RANDOM.mask(TokenGrid.sequence(300), HEADS)
-    with torch.inference_mode():
-        actual, expected, dense = sparse(x), original(x, mask=pair_mask(mask, 2)), original(x)
-    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
-    assert (expected - dense).abs().max() > 0.05
-    # The same weights without the guard go past the layer: what this test would miss if it could not fail.
-    for layer in sparse.layers:
-        layer.self_attn._qkv_same_embed_dim = True
-    with torch.inference_mode():
-        torch.testing.assert_close(sparse(x), dense, rtol=1e-8, atol=1e-9)
-
-
-@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
-def test_an_encoder_that_makes_nested_tensors_of_padding():
-    original, sparse = sparse_encoder()
-    assert sparse.use_nested_tensor
-    x = torch.randn(2, 300, DIM, dtype=torch.float64)
-    padding = torch.zeros(2, 300, dtype=torch.bool)
-    padding[1, 170:] = True
-    mask = RANDOM.mask(TokenGrid.sequence(300), HEADS)
-    with torch.inference_mode():
-        actual = sparse(x, src_key_padding_mask=padding)
-        original.use_nested_tensor = False
-        pairs = pair_mask(mask, 2).unflatten(0, (2, HEADS)) | padding[:, None, None]
-        expected = original(x, mask=pairs.flatten(0, 1))
-    torch.testing.assert_close(actual[~padding], expected[~padding], rtol=1e-8, atol=1e-9)
-    assert (actual[padding] == 0).all()
-
-
-@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
-def test_nested_tensors_keep_their_place_on_a_grid():
-    _, sparse = sparse_encoder()
-    grid = TokenGrid(20, 16, tile=(4, 16))
-    for layer in sparse.layers:
-        layer.self_attn.grid = grid
-    x = torch.randn(2, 320, DIM, dtype=torch.float64)
-    padding = torch.zeros(2, 320, dtype=torch.bool)
-    padding[0, 200:] = padding[1, 290:] = True  # the longest sequence is shorter than the grid
-    with torch.inference_mode():
-        actual = sparse(x, src_key_padding_mask=padding)
-        sparse.use_nested_tensor = False
-        expected = sparse(x, src_key_padding_mask=padding)
-        for layer in sparse.layers:
-            layer.self_attn.grid = None
-        elsewhere = sparse(x, src_key_padding_mask=padding)
-    torch.testing.assert_close(actual[~padding], expected[~padding], rtol=1e-8, atol=1e-9)
-    assert (elsewhere - expected)[~padding].abs().max() > 0.05
-
-
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
-def test_an_encoder_built_from_a_sparse_layer():
-    layer = nn.TransformerEncoderLayer(DIM, HEADS, 32, batch_first=True, dtype=torch.float64)
-    layer.self_attn = SparseMultiheadAttention.from_module(layer.self_attn, RANDOM)
-    encoder = nn.TransformerEncoder(layer, 2).eval()
-    padding = torch.zeros(2, 300, dtype=torch.bool)
-    padding[1, 170:] = True
-    x = torch.randn(2, 300, DIM, dtype=torch.float64)
-    with torch.inference_mode():
-        short = encoder(x, src_key_padding_mask=padding)
-        changed = x.clone()
-        changed[1, 170:] = 5
-        torch.testing.assert_close(encoder(changed, src_key_padding_mask=padding)[~padding], short[~padding])
-        assert (encoder(x) - short)[1].abs().max() > 0.01
-
-
-def test_decoder_layer():
-    original = nn.TransformerDecoderLayer(DIM, HEADS, 32, dropout=0.0, batch_first=True).double()
-    sparse = copy.deepcopy(original)
-    for name in ("self_attn", "multihead_attn"):
-        setattr(sparse, name, SparseMultiheadAttention.from_module(getattr(sparse, name)))
-    x, memory = torch.randn(2, 20, DIM, dtype=torch.float64), torch.randn(2, 33, DIM, dtype=torch.float64)
-    causal = nn.Transformer.generate_square_subsequent_mask(20, dtype=torch.float64)
-    arguments = {"tgt_mask": causal, "tgt_is_causal": True}
-    torch.testing.assert_close(sparse(x, memory, **arguments), original(x, memory, **arguments), rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
-def test_nested_input_elsewhere_is_refused():
-    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True)
-    nested = torch.nested.nested_tensor([torch.randn(5, DIM), torch.randn(3, DIM)])
-    assert sparse(nested, nested, nested, need_weights=False)[0].is_nested
-    jagged = torch.nested.nested_tensor([torch.randn(5, DIM), torch.randn(3, DIM)], layout=torch.jagged)
-    other = torch.nested.nested_tensor([torch.randn(5, DIM), torch.randn(3, DIM)])
-    for tensors, arguments in (
-        ((nested,) * 3, {}),
-        ((nested, other, other), {"need_weights": False}),
-        ((jagged,) * 3, {"need_weights": False}),
-    ):
-        with pytest.raises(ValueError, match="query must not be nested but for self-attention"):
-            sparse(*tensors, **arguments)
-
-
 def test_compiles_in_one_graph_with_gradients():
     layer = make_layer(batch_first=True)
     sparse = SparseMultiheadAttention.from_module(layer, RANDOM)
@@ -485,36 +325,6 @@ def test_compiles_in_one_graph_with_gradients():
         assert_equal_results(actual, run(sparse, tensors, **arguments))
 
 
-def test_compiles_without_a_mask_built_before():
-    tensors = inputs(make_layer(), 1, 300, None, True, torch.float32)
-    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True, pattern=RANDOM)
-    compiled = torch.compile(copy.deepcopy(sparse), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*tensors)[0], sparse(*tensors)[0])
-    longer = inputs(sparse, 1, 500, None, True, torch.float32)
-    torch.testing.assert_close(compiled(*longer)[0], sparse(*longer)[0])
-
-
-def test_exports():
-    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True, pattern=RANDOM)
-    x = torch.randn(1, 300, DIM)
-    program = torch.export.export(sparse, (x, x, x), {"need_weights": False})
-    torch.testing.assert_close(program.module()(x, x, x, need_weights=False)[0], sparse(x, x, x)[0])
-
-
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_copies_keep_weights_pattern_and_grid(clone):
-    grid = TokenGrid(13, 37, prefix=1)
-    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True, pattern=LocalWindow(radius=1), grid=grid)
-    x = torch.randn(1, grid.num_tokens, DIM)
-    expected = sparse(x, x, x, need_weights=False)[0]
-    cloned = clone(sparse)
-    assert (cloned.pattern, cloned.grid) == (sparse.pattern, grid)
-    assert torch.equal(cloned(x, x, x, need_weights=False)[0], expected)
-    with torch.no_grad():
-        cloned.in_proj_weight.zero_()
-    assert torch.equal(sparse(x, x, x, need_weights=False)[0], expected)
-
-
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_compute_dtype_and_autocast(need_weights):
     layer = make_layer(torch.float32, batch_first=True)
@@ -532,102 +342,3 @@ def test_compute_dtype_and_autocast(need_weights):
         (original, _), (actual, _) = (module(x, x, x, need_weights=need_weights) for module in (layer, sparse))
     assert actual.dtype == original.dtype
     assert (actual - exact).abs().max() <= 2 * (original - exact).abs().max() + 1e-5
-
-
-def test_blocks_are_computed_where_they_can_express_the_call(monkeypatch):
-    sparse = SparseMultiheadAttention(DIM, HEADS, batch_first=True, pattern=RANDOM)
-    calls = []
-    monkeypatch.setattr(
-        "sparse_attn_modules.modules.multihead.masked_attention",
-        lambda *arguments, **options: calls.append(1) or masked_attention(*arguments, **options),
-    )
-    x = torch.randn(1, 300, DIM)
-    padding = torch.zeros(1, 300, dtype=torch.bool)
-    for arguments, is_dense in (
-        ({"need_weights": False}, False),
-        ({"need_weights": False, "key_padding_mask": padding}, False),
-        ({"need_weights": False, "key_padding_mask": padding.float().masked_fill(padding, -torch.inf)}, False),
-        ({"need_weights": False, "key_padding_mask": padding.float() + 1}, True),
-        ({"need_weights": False, "attn_mask": torch.zeros(300, 300, dtype=torch.bool)}, True),
-        ({}, True),
-    ):
-        calls.clear()
-        sparse(x, x, x, **arguments)
-        assert bool(calls) == is_dense, arguments
-
-
-def test_a_custom_pattern_may_forbid_the_added_keys():
-    class OwnBlock(Pattern):
-        def blocks(self, query_grid, key_grid, num_heads):
-            blocks = torch.zeros(1, query_grid.num_blocks, key_grid.num_blocks, dtype=torch.bool)
-            return blocks.index_fill(2, torch.tensor([0]), True)
-
-    layer = make_layer(batch_first=True, add_zero_attn=True)
-    sparse = SparseMultiheadAttention.from_module(layer, OwnBlock())
-    layer.add_zero_attn = False
-    x = torch.randn(1, 128 + 5, DIM, dtype=torch.float64)
-    expected, _ = layer(x, x[:, :128], x[:, :128])
-    torch.testing.assert_close(sparse(x, x, x, need_weights=False)[0], expected, rtol=1e-9, atol=1e-10)
-
-
-def test_from_module_takes_only_the_original():
-    class Changed(nn.MultiheadAttention):
-        pass
-
-    for layer in (Changed(DIM, HEADS), SparseMultiheadAttention(DIM, HEADS), nn.Linear(2, 2)):
-        with pytest.raises(TypeError, match=r"layer must be a torch.nn.MultiheadAttention, got "):
-            SparseMultiheadAttention.from_module(layer)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"num_heads": 5}, ValueError, "embed_dim must be a multiple of num_heads, got 24 and 5"),
-        ({"num_heads": 0}, ValueError, "embed_dim must be a multiple of num_heads, got 24 and 0"),
-        ({"grid": (3, 4)}, TypeError, "grid must be a TokenGrid or None, got tuple"),
-        ({"key_grid": TokenGrid(3, 4)}, ValueError, "grid must be given with key_grid"),
-        ({"pattern": "no such pattern"}, ValueError, "pattern must be one of"),
-        ({"pattern": BlockMask.dense(TokenGrid(3, 4))}, TypeError, "pattern must be a Pattern"),
-    ],
-)
-def test_bad_construction(arguments, error, message):
-    with pytest.raises(error, match=message):
-        SparseMultiheadAttention(**{"embed_dim": DIM, "num_heads": HEADS, **arguments})
-
-
-@pytest.mark.parametrize(
-    ("shapes", "arguments", "error", "message"),
-    [
-        (((1, 2, 3, DIM),) * 3, {}, ValueError, r"query must have 2 or 3 dimensions, got shape \[1, 2, 3, 24\]"),
-        (((2, 9, DIM), (9, DIM), (9, DIM)), {}, ValueError, "key must have 3 dimensions as query"),
-        (((2, 9, 7),) * 3, {}, ValueError, r"query must have 24 channels, got shape \[2, 9, 7\]"),
-        (((2, 9, DIM), (2, 9, 7), (2, 9, DIM)), {}, ValueError, "key must have 24 channels"),
-        (((2, 9, DIM), (2, 8, DIM), (2, 9, DIM)), {}, ValueError, "value must have key's tokens"),
-        (((2, 9, DIM), (3, 9, DIM), (3, 9, DIM)), {}, ValueError, "key must have query's batch of 2, got shape"),
-        (((2, 9, DIM),) * 3, {"is_causal": True}, ValueError, "attn_mask must be given with is_causal"),
-        (
-            ((2, 9, DIM),) * 3,
-            {"attn_mask": torch.zeros(9, 8)},
-            ValueError,
-            r"attn_mask must have shape \[9, 9\] or \[8, 9, 9\], got \[9, 8\]",
-        ),
-        (((2, 9, DIM),) * 3, {"attn_mask": torch.zeros(2, 9, 9)}, ValueError, "attn_mask must have shape"),
-        (
-            ((2, 9, DIM),) * 3,
-            {"attn_mask": torch.zeros(9, 9).int()},
-            TypeError,
-            "attn_mask must be boolean or floating",
-        ),
-        (
-            ((2, 9, DIM),) * 3,
-            {"key_padding_mask": torch.zeros(2, 8)},
-            ValueError,
-            r"key_padding_mask must have shape \[2, 9\], got \[2, 8\]",
-        ),
-        (((9, DIM),) * 3, {"key_padding_mask": torch.zeros(1, 9)}, ValueError, r"must have shape \[9\], got \[1, 9\]"),
-        (((2, 9, DIM),) * 3, {"key_padding_mask": torch.zeros(2, 9).long()}, TypeError, "must be boolean or floating"),
-    ],
-)
-def test_bad_input(shapes, arguments, error, message):
-    with pytest.raises(error, match=message):
-        SparseMultiheadAttention(DIM, HEADS, batch_first=True)(*(torch.randn(shape) for shape in shapes), **arguments)
