@@ -143,7 +143,7 @@ def _replacement(slot: Slot, verdict: Replaceable, arguments: _Arguments) -> nn.
 
 
 def _adopt(new: SparseAttention, original: nn.Module) -> None:
-    """Gives a replacement what other code may look for on the original: hooks, mode and plain attributes."""
+    """Gives a replacement what other code may look for on the original: hooks and plain attributes."""
     for name, value in vars(original).items():
         if "_hooks" in name:
             # The very dictionaries, so that handles of hooks can still remove them.
@@ -151,7 +151,6 @@ def _adopt(new: SparseAttention, original: nn.Module) -> None:
         elif not name.startswith("_") and not hasattr(new, name):
             setattr(new, name, value)
     new._is_full_backward_hook = original._is_full_backward_hook
-    new.training = original.training
 
 
 def _carry_back(current: nn.Module, original: nn.Module) -> None:

@@ -205,6 +205,16 @@ def test_changes_made_in_between_are_carried_back(name):
     torch.testing.assert_close(model.eval()(x), reference(x))
 
 
+def test_mode_stays(case):
+    model, _ = case
+    names = [name for name, _ in model.named_modules() if name.endswith(("attn", "self_attention"))]
+    model.get_submodule(names[0]).train()
+    expected = {name: module.training for name, module in model.named_modules()}
+    assert sum(expected[name] for name in names) == 1
+    patch_model(model)
+    assert {name: module.training for name, module in model.named_modules()} == expected
+
+
 def test_mode_dtype_and_requires_grad_stay():
     model = vit(attn_drop_rate=0.3).double().train()
     model.blocks[1].attn.eval()

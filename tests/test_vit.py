@@ -309,7 +309,9 @@ def test_autocast_keeps_the_dtype_of_the_original(name):
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(x)
         out = ViTSparseAttention.from_module(layer, grid=GRID)(x)
+        projected = ViTSparseAttention.from_module(layer)._project(x)
     assert out.dtype == expected.dtype
+    assert {tensor.dtype for tensor in projected} == {torch.bfloat16}
     exact = layer(x)
     assert (out - exact).abs().max() <= 3 * (expected - exact).abs().max() + 1e-3
 
