@@ -115,7 +115,10 @@ class TokenGrid:
         return _block_of_token(self, device)[0]
 
     def block_tokens(self, device: Device = None) -> Tensor:
-        """Token indices of each block, absent ones −1 and last: int64 ``[num_blocks, block_size]``. Shared."""
+        """Token indices of each block in raster order of the tile, absent ones −1: int64 ``[num_blocks, block_size]``.
+
+        Shared.
+        """
         return _blocks(self, device)[1]
 
     def block_sizes(self, device: Device = None) -> Tensor:
@@ -181,11 +184,17 @@ def _block_of_token(grid: TokenGrid) -> tuple[Tensor]:
 def _blocks(grid: TokenGrid) -> tuple[Tensor, Tensor]:
     block = grid.block_of_token()
     sizes = torch.bincount(block, minlength=grid.num_blocks)
-    tokens = torch.argsort(block, stable=True)
-    first = torch.cumsum(sizes, 0) - sizes
-    slot = torch.arange(grid.num_tokens) - first[block[tokens]]
+    row_in_tile = torch.arange(grid.height) % grid.tile[0]
+    column_in_tile = torch.arange(grid.width) % grid.tile[1]
+    slot = torch.cat(
+        [
+            torch.arange(grid.prefix) % grid.block_size,
+            (row_in_tile[:, None] * grid.tile[1] + column_in_tile).flatten(),
+            torch.arange(grid.suffix) % grid.block_size,
+        ]
+    )
     table = torch.full((grid.num_blocks, grid.block_size), -1, dtype=torch.int64)
-    table[block[tokens], slot] = tokens
+    table[block, slot] = torch.arange(grid.num_tokens)
     return sizes, table
 
 

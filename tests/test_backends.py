@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
-from sparse_attn_modules import BlockMask, LocalWindow, TokenGrid, block_sparse_attention
+from sparse_attn_modules import BlockMask, LocalWindow, TokenGrid, block_sparse_attention, notices
 from sparse_attn_modules.backends import BACKENDS, AttentionInputs, Request, flex, select_backend
 
 ON_CPU = ["reference", "gathered"]
@@ -194,9 +194,7 @@ def test_when_nothing_can_run_every_reason_is_listed(monkeypatch):
 
 
 def test_a_slower_fallback_is_logged_once(monkeypatch, caplog):
-    from sparse_attn_modules import backends
-
-    monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(notices, "_said", set())
     monkeypatch.setattr(BACKENDS["cuda"], "why_not", lambda request: "not built here")
     monkeypatch.setattr(BACKENDS["flex"], "why_not", lambda request: "no triton here")
     for _ in range(3):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_attn_modules import TokenGrid
-from sparse_attn_modules.modules import SparseMultiheadAttention, notices
+from sparse_attn_modules import TokenGrid, notices
+from sparse_attn_modules.modules import SparseMultiheadAttention
 from sparse_attn_modules.patterns import CustomPattern, Dense, LocalWindow
 
 DIM, HEADS = 24, 4

@@ -40,13 +40,19 @@ def test_every_token_lies_in_its_block(grid):
 
 
 @given(GRIDS)
-def test_block_tokens_lists_each_token_once_and_absent_ones_last(grid):
+def test_block_tokens_lists_each_token_once_at_its_place_in_the_tile(grid):
     table = grid.block_tokens()
     assert table.shape == (grid.num_blocks, grid.block_size)
     for block, tokens in enumerate(table.tolist()):
-        present = [token for token in tokens if token >= 0]
-        assert tokens == present + [-1] * (grid.block_size - len(present))
-        assert present == [t for t in range(grid.num_tokens) if block_by_hand(grid, t) == block]
+        present = {slot: token for slot, token in enumerate(tokens) if token >= 0}
+        assert list(present.values()) == [t for t in range(grid.num_tokens) if block_by_hand(grid, t) == block]
+        for slot, token in present.items():
+            patch = token - grid.prefix
+            if 0 <= patch < grid.num_patches:
+                row, column = divmod(patch, grid.width)
+                assert slot == row % grid.tile[0] * grid.tile[1] + column % grid.tile[1]
+            else:
+                assert slot == list(present).index(slot)
 
 
 @given(GRIDS)

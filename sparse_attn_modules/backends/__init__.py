@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-
-import torch
-
+from ..notices import log_once
 from . import cuda, flex, gathered, reference
 from .interface import AttentionGradients, AttentionInputs, Backend, Request
 
@@ -13,9 +10,6 @@ __all__ = ["BACKENDS", "AttentionGradients", "AttentionInputs", "Backend", "Requ
 
 # In order of preference. The reference comes last: it materialises every token pair.
 BACKENDS: dict[str, Backend] = {module.name: module for module in (cuda, flex, gathered, reference)}
-
-_logger = logging.getLogger("sparse_attn_modules")
-_logged: set[str] = set()
 
 
 def select_backend(request: Request, name: str | None = None) -> str:
@@ -39,17 +33,10 @@ def select_backend(request: Request, name: str | None = None) -> str:
             reason = backend.why_slower(request)
             if reason is None:
                 if reasons and request.device.type == "cuda":
-                    _log_once(f"CUDA tensors fall back to backend '{candidate}': " + "; ".join(reasons))
+                    log_once(f"CUDA tensors fall back to backend '{candidate}': " + "; ".join(reasons))
                 return candidate
             runner_up = runner_up or candidate
         reasons.append(f"{candidate}: {reason}")
     if runner_up is not None:
         return runner_up
     raise ValueError("block_sparse_attention: no backend can run: " + "; ".join(reasons))
-
-
-def _log_once(message: str) -> None:
-    # Logging would break the graph under torch.compile.
-    if not torch.compiler.is_compiling() and message not in _logged:
-        _logged.add(message)
-        _logger.warning(message)

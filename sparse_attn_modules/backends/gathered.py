@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .chunk_bias import chunk_bias, sums_over_keys
 from .interface import AttentionGradients, AttentionInputs, Request, tokens_before_heads
-from .row_chunks import RowChunk, dense_chunks, key_positions, sparse_chunks
+from .row_chunks import RowChunk, dense_chunks, sparse_chunks
 
 name = "gathered"
 
@@ -104,11 +105,10 @@ def backward(
             query = query * inputs.scale
             unit.add_to_keys(grad_key, chunk, unit.workspace.matmul("grad_kv", grad_logits.mT, query))
             if inputs.rel_h is not None:
-                positions = key_positions(inputs.key_grid, chunk, query.device)
-                for grad_rel, position in zip(grads_rel, positions):
+                sums = sums_over_keys(grad_logits, inputs.key_grid, chunk)
+                for grad_rel, chunk_sum in zip(grads_rel, sums):
                     assert grad_rel is not None
-                    sums = _sum_by_position(grad_logits, position, grad_rel.shape[-1])
-                    _scatter_rows(unit.take(grad_rel), chunk, sums)
+                    _scatter_rows(unit.take(grad_rel), chunk, chunk_sum)
     return AttentionGradients(
         grad_query.to(inputs.query.dtype), grad_key.to(inputs.key.dtype), grad_value.to(inputs.value.dtype), *grads_rel
     )
@@ -250,14 +250,8 @@ def _logit_bias(inputs: AttentionInputs, unit: _Unit, chunk: RowChunk, dtype: to
     """What is added to the scaled logits, −inf for keys to ignore: broadcasts to ``[U, R, M, L]``; None if nothing."""
     bias: Tensor | None = None
     if inputs.rel_h is not None and inputs.rel_w is not None:
-        rows, columns = key_positions(inputs.key_grid, chunk, inputs.query.device)
         rel_h, rel_w = (_gather_rows(unit.take(rel), chunk).to(dtype) for rel in (inputs.rel_h, inputs.rel_w))
-        if chunk.key_tokens is None:
-            grid = inputs.key_grid
-            image = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)  # [U, 1, M, patches]
-            bias = F.pad(image, (grid.prefix, grid.suffix)) if grid.prefix or grid.suffix else image
-        else:
-            bias = _look_up(rel_h, rows).add_(_look_up(rel_w, columns))
+        bias = chunk_bias(rel_h, rel_w, inputs.key_grid, chunk)
     ignored = None if chunk.key_exists is None else ~chunk.key_exists[None]
     if inputs.key_padding_mask is not None:
         padding = inputs.key_padding_mask[unit.batches].reshape(-1, inputs.key.shape[2])  # [B', Nk]
@@ -270,23 +264,6 @@ def _logit_bias(inputs: AttentionInputs, unit: _Unit, chunk: RowChunk, dtype: to
         base = torch.zeros(ignored.shape, dtype=dtype, device=ignored.device) if bias is None else bias
         bias = base.masked_fill(ignored, -torch.inf)
     return bias
-
-
-def _look_up(rel: Tensor, positions: Tensor) -> Tensor:
-    """``[U, R, M, S]`` at key positions ``[R, L]``, 0 where those are −1: ``[U, R, M, L]``."""
-    index = positions[None, :, None].expand(*rel.shape[:-1], -1)
-    if bool((positions < 0).any()):
-        # The column appended last is the one that −1 wraps round to.
-        rel = F.pad(rel, (0, 1))
-        index = index.remainder(rel.shape[-1])
-    return rel.gather(-1, index)
-
-
-def _sum_by_position(grad_logits: Tensor, positions: Tensor, size: int) -> Tensor:
-    """The transpose of :func:`_look_up`: ``[U, R, M, L]`` summed into ``[U, R, M, size]``."""
-    index = positions.remainder(size + 1)[None, :, None].expand(grad_logits.shape)
-    sums = grad_logits.new_zeros(*grad_logits.shape[:-1], size + 1)
-    return sums.scatter_add_(-1, index, grad_logits)[..., :size]
 
 
 def _logits(inputs: AttentionInputs, unit: _Unit, chunk: RowChunk, query: Tensor, key: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..token_grid import TokenGrid
 from .interface import AttentionInputs
 
 # Rows whose key counts differ by more than this fraction are not padded to one length.
@@ -23,6 +22,8 @@ class RowChunk:
     query_exists: Tensor | None  # bool [R, M], or None if all do
     key_tokens: Tensor | None  # int64 [R, L]; absent keys repeat token 0. None: all keys in token order, R = 1
     key_exists: Tensor | None  # bool [R, L], or None if all do
+    key_blocks: Tensor | None = None  # int64 [R, K'], the blocks that the keys are from; None with key_tokens
+    key_slots: Tensor | None = None  # int64 [R, L], place of each key among the slots of its blocks; None if all
 
 
 def dense_chunks(inputs: AttentionInputs, slots: int) -> list[RowChunk]:
@@ -45,8 +46,9 @@ def sparse_chunks(inputs: AttentionInputs, mask_batch: int, mask_head: int, slot
     chunks = []
     for rows in _group(lengths, slots):
         widest = int(counts[rows].max())
-        tokens = key_table[blocks[rows, :widest]].masked_fill(~active[rows, :widest, None], -1)  # [R, K', block]
-        key_tokens, key_exists = _pack_left(tokens.flatten(1), lengths[rows])
+        key_blocks = blocks[rows, :widest]
+        tokens = key_table[key_blocks].masked_fill(~active[rows, :widest, None], -1)  # [R, K', block size]
+        key_tokens, key_exists, key_slots = _pack_left(tokens.flatten(1), lengths[rows])
         query_tokens = query_table[rows]
         query_exists = query_tokens >= 0
         chunks.append(
@@ -55,6 +57,8 @@ def sparse_chunks(inputs: AttentionInputs, mask_batch: int, mask_head: int, slot
                 None if query_exists.all() else query_exists.to(device),
                 key_tokens.to(device),
                 None if key_exists is None else key_exists.to(device),
+                key_blocks.to(device),
+                None if key_slots is None else key_slots.to(device),
             )
         )
     return chunks
@@ -75,21 +79,19 @@ def _group(lengths: Tensor, slots: int) -> Iterator[Tensor]:
         first = last
 
 
-def _pack_left(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Drops the absent (negative) tokens of each row: ``[R, L]``, and which entries exist unless all do."""
-    exists = tokens >= 0
+def _pack_left(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Drops the absent (negative) tokens of each row: ``[R, L]``; which of these exist, and where they were.
+
+    Either is None if there is nothing to say.
+    """
     longest = int(lengths.max())
-    if longest == tokens.shape[1] and bool((lengths == longest).all()):
-        return tokens, None
-    if bool((lengths == longest).all()):
-        return tokens[exists].view(-1, longest), None
+    rows_are_even = bool((lengths == longest).all())
+    if rows_are_even and longest == tokens.shape[1]:
+        return tokens, None, None
+    exists = tokens >= 0
     slots = torch.argsort((~exists).to(torch.uint8), dim=-1, stable=True)[:, :longest]
-    return tokens.gather(1, slots).clamp(min=0), exists.gather(1, slots)
-
-
-def key_positions(grid: TokenGrid, chunk: RowChunk, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of each key of a chunk on the image, extra tokens −1: int64 ``[R, L]`` each."""
-    rows, columns = grid.patch_rows(device), grid.patch_columns(device)
-    if chunk.key_tokens is None:
-        return rows[None], columns[None]
-    return rows[chunk.key_tokens], columns[chunk.key_tokens]
+    packed = tokens.gather(1, slots)
+    if rows_are_even:
+        return packed, None, slots
+    present = exists.gather(1, slots)
+    return packed.clamp(min=0), present, slots.masked_fill(~present, 0)

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..notices import log_once
 from ..patterns import Dense, Pattern
 from ..token_grid import TokenGrid
 from .base import SparseAttention
 from .masked import masked_attention
 from .multihead_checks import check_inputs
-from .notices import log_once
 
 _NAME = "SparseMultiheadAttention"
 _SIZES = ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn")

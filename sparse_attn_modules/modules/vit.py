@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..notices import log_once
 from ..patterns import Dense, Pattern
 from ..token_grid import TokenGrid
 from .base import SparseAttention
 from .masked import masked_attention
-from .notices import log_once
 
 _NAME = "ViTSparseAttention"
 _REPLACED = (
@@ -268,7 +268,7 @@ class ViTSparseAttention(SparseAttention):
         elif attn_mask is not None and attn_mask.dtype == torch.bool:
             allowed = attn_mask
         elif attn_mask is not None:
-            bias = _without_overflow(attn_mask, query.dtype)
+            bias = attn_mask
         if grid is not None and not isinstance(self.pattern, Dense):
             pattern_allows = self.block_mask(grid, self.num_heads, query.device).token_mask()
             allowed = pattern_allows if allowed is None else allowed & pattern_allows
@@ -307,11 +307,3 @@ def _check_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise TypeError(f"{_NAME}: attn_mask must be boolean or floating-point, got {attn_mask.dtype}")
     if is_causal:
         raise ValueError(f"{_NAME}: attn_mask must be None with is_causal, got both")
-
-
-def _without_overflow(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """An additive mask in another dtype. Its lowest finite values stay finite: a row full of them is no empty row."""
-    if attn_mask.dtype == dtype:
-        return attn_mask
-    lowest = attn_mask.clamp(min=torch.finfo(dtype).min).to(dtype)
-    return torch.where(attn_mask == -torch.inf, -torch.inf, lowest)

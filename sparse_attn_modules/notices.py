@@ -1,4 +1,4 @@
-"""What a module has to say once, not at every call."""
+"""What is worth saying once, not at every call."""
 
 from __future__ import annotations
 
