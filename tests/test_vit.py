@@ -287,10 +287,10 @@ def test_compute_dtype_is_that_of_attention_alone():
     layer = make("bias, qk norm").float()
     x = torch.randn(2, GRID.num_tokens, DIM)
     low = ViTSparseAttention.from_module(layer, grid=GRID, compute_dtype=torch.bfloat16)
-    out, mask = low(x), torch.zeros(GRID.num_tokens, GRID.num_tokens)
-    assert out.dtype == torch.float32
-    assert 0 < (out - layer(x)).abs().max() < 0.1
-    torch.testing.assert_close(low(x, attn_mask=mask), layer(x), atol=0.1, rtol=0)
+    exact = layer(x)
+    for out in (low(x), low(x, attn_mask=torch.zeros(GRID.num_tokens, GRID.num_tokens))):
+        assert out.dtype == torch.float32
+        assert 0 < (out - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_lowest_finite_mask_value_survives_a_lower_compute_dtype():
@@ -298,8 +298,9 @@ def test_lowest_finite_mask_value_survives_a_lower_compute_dtype():
     x = torch.randn(1, GRID.num_tokens, DIM)
     mask = torch.zeros(GRID.num_tokens, GRID.num_tokens)
     mask[3] = torch.finfo(torch.float32).min
+    expected = layer(x, attn_mask=mask)
     out = ViTSparseAttention.from_module(layer, grid=GRID, compute_dtype=torch.bfloat16)(x, attn_mask=mask)
-    torch.testing.assert_close(out, layer(x, attn_mask=mask), atol=0.1, rtol=0)
+    assert (out - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["eva", "bias, qk norm"])
