@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..block_mask import BlockMask
@@ -167,9 +168,10 @@ class SAMAttentionSparse(SparseAttention):
             ValueError: if the numbers of tokens do not add up, or no grid is known for the patches.
         """
         grid = _token_grid(x, num_image_tokens, num_prompt_tokens, grid_size)
-        batch = x.shape[0]
-        qkv = self.qkv(x).reshape(batch, grid.num_tokens, 3, self.num_heads, -1)  # [B, N, 3, heads, D]
-        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, heads, N, D], views
+        # Views of the fused projection, [B, heads, N, D] each.
+        query, key, value = rearrange(
+            self.qkv(x), "b ... (three heads d) -> three b heads (...) d", three=3, heads=self.num_heads
+        )
         query, key = self.q_norm(query), self.k_norm(key)
         relative_position = self._relative_position(query, grid) if self.use_rel_pos else None
         if self.rope is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..notices import log_once
@@ -200,7 +201,7 @@ class ViTSparseAttention(SparseAttention):
             out = self._attend_densely(query, key, value, grid, attn_mask, is_causal, dropout_p)
         else:
             out = self.attend(query, key, value, grid, scale=self.scale, dropout_p=dropout_p)
-        out = self.norm(out.transpose(1, 2).flatten(2))  # [B, heads, N, D] -> [B, N, heads · D]
+        out = self.norm(rearrange(out, "b heads n d -> b n (heads d)"))
         if gate is not None:
             out = out * gate
         return self.proj_drop(self.proj(out))
@@ -217,8 +218,7 @@ class ViTSparseAttention(SparseAttention):
         if self.q_bias is not None and self.k_bias is not None and self.v_bias is not None:
             # Added here rather than inside the projection, whose weight an adapter may have replaced.
             qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias)).to(qkv.dtype)
-        parts = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, 3, heads, D] -> 3 × [B, N, heads, D]
-        query, key, value = (part.transpose(1, 2) for part in parts)
+        query, key, value = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads)
         return query, key, value
 
     def _rotate(self, tensor: Tensor, rope: Tensor) -> Tensor:
