@@ -1,12 +1,13 @@
 """A real torch operator: opcheck, compile, export, gradcheck, one order of gradients."""
 
 import threading
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from sparse_attn_modules import BlockMask, Dense, LocalWindow, Random, TokenGrid, block_sparse_attention
+from sparse_attn_modules import BlockMask, Dense, LocalWindow, Pattern, Random, TokenGrid, block_sparse_attention
 from sparse_attn_modules.modules import SparseAttention
 from sparse_attn_modules.patterns.traced import register_for_tracing
 
@@ -141,6 +142,39 @@ def test_a_module_compiles_over_changing_grids(pattern):
         # Compiled first, so that no mask has been made for this grid outside of it.
         torch.testing.assert_close(compiled(image), layer(image))
     torch.compiler.reset()
+
+
+def test_patterns_that_look_alike_are_told_apart():
+    @dataclass(frozen=True)
+    class Quiet(Pattern):
+        reach: int = field(repr=False)
+
+        def image_blocks(self, query_grid, key_grid, num_heads):
+            tiles = torch.arange(query_grid.num_tiles)
+            return ((tiles[:, None] - tiles).abs() <= self.reach)[None]
+
+    image = torch.randn(1, 6, 8, 8)
+    for reach in (0, 2):
+        layer = Layer(Quiet(reach))
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(image), Layer(Quiet(reach))(image))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float64])
+def test_compute_dtype_holds_under_autocast(compute_dtype, monkeypatch):
+    seen = []
+
+    def spy(query, *arguments, **options):
+        seen.append((query.dtype, torch.is_autocast_enabled("cpu")))
+        return block_sparse_attention(query, *arguments, **options)
+
+    monkeypatch.setattr("sparse_attn_modules.modules.base.block_sparse_attention", spy)
+    layer = Layer(LocalWindow(density=0.5), compute_dtype=compute_dtype)
+    with torch.autocast("cpu", torch.float16):
+        out = layer(torch.randn(1, 6, 8, 8))
+    assert seen == [(compute_dtype, False)]
+    assert out.dtype == torch.float32
 
 
 def test_export_and_run_the_program():

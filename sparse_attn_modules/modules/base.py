@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -82,17 +83,20 @@ class SparseAttention(nn.Module):
             if relative_position is not None:
                 rel_h, rel_w = relative_position
                 relative_position = rel_h.to(self.compute_dtype), rel_w.to(self.compute_dtype)
-        out = block_sparse_attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=scale,
-            relative_position=relative_position,
-            key_padding_mask=key_padding_mask,
-            dropout_p=dropout_p,
-            backend=self.backend,
-        )
+        # A dtype that was asked for holds under autocast too, which would replace it.
+        keeps_dtype = nullcontext() if self.compute_dtype is None else torch.autocast(query.device.type, enabled=False)
+        with keeps_dtype:
+            out = block_sparse_attention(
+                query,
+                key,
+                value,
+                mask,
+                scale=scale,
+                relative_position=relative_position,
+                key_padding_mask=key_padding_mask,
+                dropout_p=dropout_p,
+                backend=self.backend,
+            )
         return out if self.compute_dtype is None else out.to(dtype)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .base import Dense, Pattern
 
 _LISTS = ("key_counts", "key_indices", "query_counts", "query_indices", "row_order")
 _patterns: dict[str, Pattern] = {}
+_names: dict[Pattern, str] = {}
 
 _library = torch.library.Library("sparse_attn_modules", "FRAGMENT")
 _library.define(
@@ -26,9 +27,11 @@ _library.define(
 
 def register_for_tracing(pattern: Pattern) -> str:
     """Makes a pattern known to the operator; returns the name it goes by there."""
-    name = repr(pattern)
-    _patterns[name] = pattern
-    return name
+    if pattern not in _names:
+        # Two patterns may look alike, so the number tells them apart.
+        name = f"{pattern!r} #{len(_names)}"
+        _names[pattern], _patterns[name] = name, pattern
+    return _names[pattern]
 
 
 def traced_mask(
