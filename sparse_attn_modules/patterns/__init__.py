@@ -1,7 +1,7 @@
 """Patterns: rules that choose which blocks attention computes."""
 
-from .base import CustomPattern, Dense, Pattern
-from .combined import Hybrid, ImageToPrompt, Union
+from .base import CustomPattern, Dense, Pattern, Union
+from .combined import Hybrid, ImageToPrompt
 from .local import DilatedLocal, LocalWindow, MultiScale, Streaming
 from .names import NAMED_PATTERNS, resolve_pattern
 from .spread import Butterfly, GlobalLocal, Random, RegionFocused, Strided

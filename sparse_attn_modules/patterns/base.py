@@ -59,8 +59,6 @@ class Pattern:
 
     def __or__(self, other: Pattern) -> Pattern:
         """Pairs active in either pattern."""
-        from .combined import Union
-
         return Union((self, other))
 
     def density_on(self, query_grid: TokenGrid, num_heads: int = 1, *, key_grid: TokenGrid | None = None) -> float:
@@ -91,6 +89,26 @@ class Dense(Pattern):
 
     def image_blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
         return torch.ones(1, query_grid.num_tiles, key_grid.num_tiles, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Union(Pattern):
+    """Pairs active in any of the patterns; also written ``first | second``."""
+
+    patterns: tuple[Pattern, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patterns", tuple(self.patterns))
+        if not self.patterns:
+            raise ValueError("Union: patterns must not be empty")
+        for pattern in self.patterns:
+            check_pattern(self, "patterns", pattern)
+
+    def blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
+        first, *others = (pattern.blocks(query_grid, key_grid, num_heads) for pattern in self.patterns)
+        for blocks in others:
+            first = first | blocks
+        return first
 
 
 @dataclass(frozen=True)
@@ -127,3 +145,9 @@ def check_one_of(pattern: Pattern, **values: Any) -> None:
     if len(given) != 1:
         names = " or ".join(values)
         raise ValueError(f"{type(pattern).__name__}: exactly one of {names} must be given, got {given or 'none'}")
+
+
+def check_pattern(owner: Pattern, name: str, value: Any) -> None:
+    """Raises unless ``value`` is a pattern."""
+    if not isinstance(value, Pattern):
+        raise TypeError(f"{type(owner).__name__}: {name} must be a Pattern, got {type(value).__name__}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..token_grid import TokenGrid
-from .base import Pattern, check_count
+from .base import Pattern, check_count, check_pattern
 from .local import LocalWindow
 
 
@@ -28,8 +28,8 @@ class Hybrid(Pattern):
     heads: int | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _check_pattern(self, "first", self.first)
-        _check_pattern(self, "rest", self.rest)
+        check_pattern(self, "first", self.first)
+        check_pattern(self, "rest", self.rest)
         if not isinstance(self.heads, int):
             object.__setattr__(self, "heads", tuple(self.heads))
         for head in (self.heads,) if isinstance(self.heads, int) else self.heads:
@@ -46,26 +46,6 @@ class Hybrid(Pattern):
 
 
 @dataclass(frozen=True)
-class Union(Pattern):
-    """Pairs active in any of the patterns; also written ``first | second``."""
-
-    patterns: tuple[Pattern, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "patterns", tuple(self.patterns))
-        if not self.patterns:
-            raise ValueError("Union: patterns must not be empty")
-        for pattern in self.patterns:
-            _check_pattern(self, "patterns", pattern)
-
-    def blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
-        first, *others = (pattern.blocks(query_grid, key_grid, num_heads) for pattern in self.patterns)
-        for blocks in others:
-            first = first | blocks
-        return first
-
-
-@dataclass(frozen=True)
 class ImageToPrompt(Pattern):
     """Prompt tokens, the suffix, see and are seen by everything; among patches a pattern of its own holds.
 
@@ -79,7 +59,7 @@ class ImageToPrompt(Pattern):
     image: Pattern = field(default_factory=lambda: LocalWindow(density=0.25))
 
     def __post_init__(self) -> None:
-        _check_pattern(self, "image", self.image)
+        check_pattern(self, "image", self.image)
 
     def blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
         if query_grid.suffix == 0 and key_grid.suffix == 0:
@@ -88,8 +68,3 @@ class ImageToPrompt(Pattern):
         blocks[:, query_grid.tile_blocks.stop :] = True
         blocks[:, :, key_grid.tile_blocks.stop :] = True
         return blocks
-
-
-def _check_pattern(owner: Pattern, name: str, value: object) -> None:
-    if not isinstance(value, Pattern):
-        raise TypeError(f"{type(owner).__name__}: {name} must be a Pattern, got {type(value).__name__}")
