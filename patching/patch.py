@@ -132,7 +132,8 @@ def _replacement(slot: Slot, verdict: Replaceable, arguments: _Arguments) -> nn.
         if (DenseOnFewTiles.within(current.pattern), current.backend, current.compute_dtype) == arguments:
             return current
         _carry_back(current, slot.original)
-    new = verdict.build(*arguments)
+    pattern, backend, compute_dtype = arguments
+    new = verdict.build(DenseOnFewTiles.around(pattern), backend, compute_dtype)
     geometry = verdict.geometry()
     if geometry is not None:
         # A pattern that does not fit raises here rather than in the first forward pass.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from ..modules import SAMAttentionSparse, SparseAttention, why_skipping_cannot_pay
+from ..modules import SparseAttention, why_skipping_cannot_pay
 from ..patterns import Dense, Pattern
 from ..token_grid import TokenGrid
 from .adapters import LeftAlone, Replaceable
@@ -114,9 +114,8 @@ def _patched(slot: Slot, verdict: Replaceable, layer: SparseAttention) -> Patche
     flops = 4 * heads * verdict.head_dim * grid.num_tokens**2 * windows
     if isinstance(pattern, Dense):
         return PatchedLayer(slot.name, verdict.kind, grid, windows, heads, pattern, 1.0, flops, flops, "")
-    stays_dense = pattern is not layer.pattern or isinstance(layer, SAMAttentionSparse)
-    reason = why_skipping_cannot_pay(grid) if stays_dense else None
-    mask = (Dense() if reason else pattern).mask(grid, heads)
+    mask = layer.pattern.mask(grid, heads)
+    reason = why_skipping_cannot_pay(grid) if isinstance(layer.pattern, DenseOnFewTiles) else None
     if reason is None and mask.is_dense:
         reason = "the pattern covers every block of this grid"
     note = f"nothing to gain: {reason}" if reason else ""

@@ -9,7 +9,6 @@ from ..modules import SAMAttentionSparse, ViTSparseAttention
 from ..token_grid import TokenGrid
 from .adapters import LeftAlone, Replaceable, Site, loaded_class, loaded_classes
 from .grids import GridSource
-from .selection import DenseOnFewTiles
 
 _VIT_LAYERS = (
     ("timm.layers.attention", "Attention"),
@@ -81,7 +80,6 @@ def _inspect_vit(site: Site, kind: str) -> Replaceable | LeftAlone:
         return None if grid is None else (grid, 1)
 
     def build(pattern: Any, backend: Any, compute_dtype: Any) -> ViTSparseAttention:
-        pattern = DenseOnFewTiles.around(pattern)
         return ViTSparseAttention.from_module(layer, pattern, source, backend, compute_dtype)
 
     return Replaceable(kind, layer.num_heads, round(layer.scale**-2), build, geometry, source)

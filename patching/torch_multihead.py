@@ -9,7 +9,6 @@ from torch import nn
 from ..modules import SparseMultiheadAttention
 from ..token_grid import TokenGrid
 from .adapters import LeftAlone, Replaceable, Site, loaded_class
-from .selection import DenseOnFewTiles
 
 _KIND = "MultiheadAttention"
 
@@ -32,7 +31,6 @@ def inspect(site: Site) -> Replaceable | LeftAlone | None:
     grid = TokenGrid(side, side, prefix=1)
 
     def build(pattern: Any, backend: Any, compute_dtype: Any) -> SparseMultiheadAttention:
-        pattern = DenseOnFewTiles.around(pattern)
         return SparseMultiheadAttention.from_module(layer, pattern, backend, compute_dtype, grid=grid)
 
     return Replaceable(_KIND, layer.num_heads, layer.head_dim, build, lambda: (grid, 1))

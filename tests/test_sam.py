@@ -192,18 +192,6 @@ def test_a_flat_image_equals_the_image():
     assert torch.equal(sparse(oblong.flatten(1, 2), grid_size=(25, 33)), sparse(oblong).flatten(1, 2))
 
 
-def test_windows_stay_dense_whatever_the_pattern():
-    layer = make_layer("segment_anything", use_rel_pos=True, input_size=(14, 14))
-    sparse = SAMAttentionSparse.from_module(layer, LocalWindow(density=0.1))
-    windows = torch.randn(3, 14, 14, DIM, dtype=torch.float64)
-    torch.testing.assert_close(sparse(windows), layer(windows), rtol=1e-9, atol=1e-11)
-    assert sparse.block_mask(TokenGrid(14, 14), HEADS, windows.device).is_dense
-    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(windows), layer(windows), rtol=1e-9, atol=1e-11)
-    image = torch.randn(1, 32, 32, DIM, dtype=torch.float64)
-    assert (sparse(image) - layer(image)).abs().max() > 1e-3
-
-
 def test_why_skipping_cannot_pay():
     assert why_skipping_cannot_pay(TokenGrid(14, 14)) == (
         "14×14 patches are 2 tiles of 8×16, and skipping pays from 8 on"

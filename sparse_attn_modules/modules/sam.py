@@ -15,15 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..block_mask import BlockMask
-from ..patterns import Dense, Pattern
-from ..patterns.traced import register_for_tracing, traced_mask
+from ..patterns import Pattern
 from ..token_grid import TokenGrid
 from .base import SparseAttention
-from .skipping import why_skipping_cannot_pay
 
 _NAME = "SAMAttentionSparse"
-_DENSE = register_for_tracing(Dense())
 _REPLACED = (
     ("segment_anything.modeling.image_encoder", "Attention"),
     ("timm.models.vision_transformer_sam", "Attention"),
@@ -32,9 +28,6 @@ _REPLACED = (
 
 class SAMAttentionSparse(SparseAttention):
     """Drop-in for the attention of ``segment_anything``'s image encoder and of timm's ``samvit`` models.
-
-    Where skipping cannot pay (windows of 14 × 14, grids of a few tiles) attention stays dense whatever the pattern;
-    :func:`why_skipping_cannot_pay` gives the reason.
 
     Args:
         embed_dim: number of channels.
@@ -187,16 +180,6 @@ class SAMAttentionSparse(SparseAttention):
         )
         out = out.transpose(1, 2).reshape(*x.shape[:-1], -1)  # [B, heads, N, D] -> the shape of x
         return self.proj_drop(self.proj(out))
-
-    def block_mask(
-        self, query_grid: TokenGrid, num_heads: int, device: torch.device, key_grid: TokenGrid | None = None
-    ) -> BlockMask:
-        """The mask of this layer's pattern on a geometry; dense where skipping cannot pay."""
-        if why_skipping_cannot_pay(query_grid, key_grid) is None:
-            return super().block_mask(query_grid, num_heads, device, key_grid)
-        if torch.compiler.is_compiling():
-            return traced_mask(_DENSE, query_grid, key_grid or query_grid, num_heads, device)
-        return Dense().mask(query_grid, num_heads, key_grid=key_grid, device=device)
 
     def _relative_position(self, query: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         """The bias of each query per key row, ``[B, heads, N, H]``, and per key column, ``[B, heads, N, W]``."""
