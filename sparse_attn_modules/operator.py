@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,10 +34,16 @@ def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.sparse_attn_modules.attention_forward.default(*arguments)
 
 
+# Checking the numbers of a grid at every call would take longer than a launch.
+@lru_cache(maxsize=256)
+def _unpacked(*numbers: int) -> TokenGrid:
+    return TokenGrid.unpack(list(numbers))
+
+
 def _inputs(arguments: tuple[Any, ...]) -> tuple[AttentionInputs, Any]:
     """The backend's view of the operator's arguments, and the backend."""
     *tensors, query_grid, key_grid, scale, dropout_p, is_dense, backend = arguments
-    grids = TokenGrid.unpack(query_grid), TokenGrid.unpack(key_grid)
+    grids = _unpacked(*query_grid), _unpacked(*key_grid)
     inputs = AttentionInputs(*tensors, *grids, scale, dropout_p, is_dense)  # type: ignore[call-arg]
     return inputs, BACKENDS[backend]
 
