@@ -20,8 +20,9 @@ from .row_chunks import RowChunk, dense_chunks, sparse_chunks
 
 name = "gathered"
 
-# Gathered keys per chunk. On a CPU 4096 keys of 64 float32 values are 1 MiB, about a core's second-level cache.
-_CPU_SLOTS = 4096
+# Gathered keys per chunk. On a CPU 8192 keys of 64 float32 values are 2 MiB, which two cores' caches hold; a half and
+# four times as many measured slower.
+_CPU_SLOTS = 8192
 _ACCELERATOR_SLOTS = 2**20
 
 
@@ -52,7 +53,7 @@ def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | N
                 bias = _logit_bias(inputs, unit, chunk, query.dtype)
                 result = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=inputs.scale)
             else:
-                logits = _logits(inputs, unit, chunk, query.to(statistics), key.to(statistics))
+                logits = _logits(inputs, unit, chunk, query.to(statistics).mul_(inputs.scale), key.to(statistics))
                 # A query whose keys are all ignored is measured against a finite maximum, as −inf − −inf is NaN.
                 maximum = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(statistics).min)
                 weights = logits.sub_(maximum).exp_()
@@ -61,7 +62,8 @@ def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | N
                     _scatter_rows(unit.take(lse)[..., None], chunk, maximum + total.log())
                 if inputs.dropout_p > 0:
                     weights = weights * _dropout_factors(inputs, unit, number, weights)
-                result = (weights @ value.to(statistics)) / total.masked_fill(total == 0, 1)
+                result = unit.workspace.matmul("result", weights, value.to(statistics))
+                result.div_(total.masked_fill_(total == 0, 1))
             _scatter_rows(unit_out, chunk, result)
     return tokens_before_heads(out), lse
 
@@ -83,9 +85,15 @@ def backward(
         delta = delta - grad_lse[..., None]
 
     for unit in _units(inputs):
+        # Contiguous, as adding to scattered rows of a strided tensor takes several times as long.
+        unit_grad_key, unit_grad_value = (
+            unit.workspace.take(name, tuple(unit.key.shape), delta).zero_() for name in ("grad_key", "grad_value")
+        )
+        unit_grad_out = unit.workspace.copy("head_grad_out", unit.take(grad_out))
         for number, chunk in enumerate(unit.chunks):
             query, key, value = (tensor.to(statistics) for tensor in unit.gather(chunk))
-            chunk_grad_out = _gather_rows(unit.take(grad_out), chunk).to(statistics)
+            query.mul_(inputs.scale)
+            chunk_grad_out = unit.workspace.gather("grad_out", unit_grad_out, chunk.query_tokens).to(statistics)
             chunk_lse = _gather_rows(unit.take(lse)[..., None], chunk)
             if chunk.query_exists is not None:
                 # Absent queries repeat token 0: without weights they give nothing to the keys.
@@ -99,16 +107,18 @@ def backward(
                 factors = _dropout_factors(inputs, unit, number, weights)
                 grad_weights.mul_(factors)
                 dropped = weights * factors
-            unit.add_to_keys(grad_value, chunk, unit.workspace.matmul("grad_kv", dropped.mT, chunk_grad_out))
+            _add_to_keys(unit_grad_value, chunk, unit.workspace.matmul("grad_kv", dropped.mT, chunk_grad_out))
             grad_logits = grad_weights.sub_(_gather_rows(unit.take(delta), chunk)).mul_(weights)
-            _scatter_rows(unit.take(grad_query), chunk, (grad_logits @ key).mul_(inputs.scale))
-            query = query * inputs.scale
-            unit.add_to_keys(grad_key, chunk, unit.workspace.matmul("grad_kv", grad_logits.mT, query))
+            chunk_grad_query = unit.workspace.matmul("result", grad_logits, key).mul_(inputs.scale)
+            _scatter_rows(unit.take(grad_query), chunk, chunk_grad_query)
+            _add_to_keys(unit_grad_key, chunk, unit.workspace.matmul("grad_kv", grad_logits.mT, query))
             if inputs.rel_h is not None:
                 sums = sums_over_keys(grad_logits, inputs.key_grid, chunk)
                 for grad_rel, chunk_sum in zip(grads_rel, sums):
                     assert grad_rel is not None
                     _scatter_rows(unit.take(grad_rel), chunk, chunk_sum)
+        unit.add_to_key_heads(grad_key, unit_grad_key)
+        unit.add_to_key_heads(grad_value, unit_grad_value)
     return AttentionGradients(
         grad_query.to(inputs.query.dtype), grad_key.to(inputs.key.dtype), grad_value.to(inputs.value.dtype), *grads_rel
     )
@@ -143,6 +153,11 @@ class _Workspace:
             buffer = self._buffers[name] = like.new_empty(size)
         return buffer[:size].view(shape)
 
+    def gather(self, name: str, tensor: Tensor, tokens: Tensor) -> Tensor:
+        """``[U, N, X]`` at tokens ``[R, L]``, in a reused buffer: ``[U, R, L, X]``."""
+        rows = self.take(name, (tensor.shape[0], tokens.numel(), tensor.shape[2]), tensor)
+        return torch.index_select(tensor, 1, tokens.flatten(), out=rows).unflatten(1, tokens.shape)
+
     def copy(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, contiguous: index_select would copy a strided one again at every chunk."""
         return tensor if tensor.is_contiguous() else self.take(name, tuple(tensor.shape), tensor).copy_(tensor)
@@ -172,32 +187,23 @@ class _Unit:
         """This unit's part of ``[B, Hq, …]`` as ``[U, …]``: a view where the layout allows one."""
         return tensor[self.batches, self.heads].reshape(-1, *tensor.shape[2:])
 
-    def add_to_keys(self, target: Tensor, chunk: RowChunk, rows: Tensor) -> None:
-        """Adds ``[U, R, L, D]``, one part per query head, to the chunk's keys of ``[B, Hkv, Nk, D]``."""
+    def add_to_key_heads(self, target: Tensor, rows: Tensor) -> None:
+        """Adds ``[U, Nk, D]``, one part per query head, to this unit's part of ``[B, Hkv, Nk, D]``."""
         group = self.inputs.heads_per_key_head
         if isinstance(self.heads, int):
             part = target[self.batches, self.heads // group]
         else:
             part = target[self.batches]
             rows = rows.unflatten(0, (-1, group)).sum(1)
-        part = part.view(-1, *target.shape[2:])
-        if chunk.key_tokens is None:
-            part.add_(rows[:, 0])
-        else:
-            # Absent keys repeat token 0 and carry zeros.
-            part.index_add_(1, chunk.key_tokens.flatten(), rows.flatten(1, 2))
+        part.add_(rows.view(part.shape))
 
     def gather(self, chunk: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[U, R, M, D]``, keys and values ``[U, R, L, D]`` of a chunk."""
-        query = _gather_rows(self.query, chunk)
+        query = self.workspace.gather("query", self.query, chunk.query_tokens)
         if chunk.key_tokens is None:
             return query, self.key[:, None], self.value[:, None]
-        index, shape = chunk.key_tokens.flatten(), chunk.key_tokens.shape
-        gathered = []
-        for name, tensor in (("key", self.key), ("value", self.value)):
-            space = self.workspace.take(name, (tensor.shape[0], index.numel(), tensor.shape[2]), tensor)
-            gathered.append(torch.index_select(tensor, 1, index, out=space).unflatten(1, shape))
-        return query, gathered[0], gathered[1]
+        key = self.workspace.gather("key", self.key, chunk.key_tokens)
+        return query, key, self.workspace.gather("value", self.value, chunk.key_tokens)
 
 
 def _units(inputs: AttentionInputs) -> Iterator[_Unit]:
@@ -246,6 +252,15 @@ def _scatter_rows(target: Tensor, chunk: RowChunk, rows: Tensor) -> None:
     target.index_copy_(1, tokens, rows)
 
 
+def _add_to_keys(target: Tensor, chunk: RowChunk, rows: Tensor) -> None:
+    """Adds ``[U, R, L, D]`` to the chunk's keys of ``[U, Nk, D]``."""
+    if chunk.key_tokens is None:
+        target.add_(rows[:, 0])
+    else:
+        # Absent keys repeat token 0 and carry zeros.
+        target.index_add_(1, chunk.key_tokens.flatten(), rows.flatten(1, 2))
+
+
 def _logit_bias(inputs: AttentionInputs, unit: _Unit, chunk: RowChunk, dtype: torch.dtype) -> Tensor | None:
     """What is added to the scaled logits, −inf for keys to ignore: broadcasts to ``[U, R, M, L]``; None if nothing."""
     bias: Tensor | None = None
@@ -267,8 +282,8 @@ def _logit_bias(inputs: AttentionInputs, unit: _Unit, chunk: RowChunk, dtype: to
 
 
 def _logits(inputs: AttentionInputs, unit: _Unit, chunk: RowChunk, query: Tensor, key: Tensor) -> Tensor:
-    """Scaled and biased logits ``[U, R, M, L]``, in a reused buffer."""
-    logits = unit.workspace.matmul("logits", query * inputs.scale, key.mT)
+    """Logits ``[U, R, M, L]`` of scaled queries with the bias, in a reused buffer."""
+    logits = unit.workspace.matmul("logits", query, key.mT)
     bias = _logit_bias(inputs, unit, chunk, logits.dtype)
     return logits if bias is None else logits.add_(bias)
 
