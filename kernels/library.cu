@@ -34,6 +34,7 @@ GridParams grid_params(const char* name, const std::vector<int64_t>& grid) {
     STD_TORCH_CHECK(fits, "block_sparse_attention: ", name, " must have tiles of ", kBlockTokens,
                     " tokens whose sides are powers of two, got ", params.tile_height, " x ", params.tile_width);
     while ((1 << params.tile_width_log2) < params.tile_width) params.tile_width_log2++;
+    params.tile_height_log2 = kBlockTokensLog2 - params.tile_width_log2;
     params.prefix_blocks = (params.prefix + kBlockTokens - 1) / kBlockTokens;
     params.tile_columns = (params.width + params.tile_width - 1) / params.tile_width;
     params.tile_blocks = params.tile_columns * ((params.height + params.tile_height - 1) / params.tile_height);

@@ -6,14 +6,15 @@
 
 namespace sparse_attn {
 
-constexpr int kBlockTokens = 128;  // tokens of a full block: one tile of patches, or a run of extra tokens
+constexpr int kBlockTokensLog2 = 7;
+constexpr int kBlockTokens = 1 << kBlockTokensLog2;  // tokens of a full block: one tile of patches, or a run of extra tokens
 
 // Tokens of one image in memory order: prefix, height x width patches in raster order, suffix.
 // Blocks in list order: prefix blocks, tiles in raster order, suffix blocks.
 struct GridParams {
     int prefix, height, width, suffix;  // in tokens
     int tile_height, tile_width;        // powers of two, product kBlockTokens
-    int tile_width_log2;
+    int tile_height_log2, tile_width_log2;
     int prefix_blocks, tile_columns, tile_blocks, num_blocks;
 };
 

@@ -64,20 +64,16 @@ __device__ __forceinline__ void existing_keys(uint32_t (&exists)[4], const Forwa
 
 // Fills `logits` with what Q K^T is accumulated onto.
 template <typename T, bool kRelativePosition, bool kMaskedKeys>
-__device__ __forceinline__ void initial_logits(float (&logits)[64], const ForwardParams& params, int key_block, int batch,
-                                               const RelativePositionTile<T>* bias) {
+__device__ __forceinline__ void initial_logits(float (&logits)[64], const ForwardParams& params, BlockCode key_block,
+                                               int batch, const RelativePositionTile<T>* bias) {
     // Found out before the logits are touched, while the register file has room for it.
     uint32_t exists[4] = {~0u, ~0u, ~0u, ~0u};
     if constexpr (kMaskedKeys) {
-        const BlockPlace place = place_of_block(params.key_grid, key_block);
+        const BlockPlace place(params.key_grid, key_block);
         if (params.key_padding != nullptr || !place.is_full()) existing_keys(exists, params, place, batch);
     }
-    bool has_bias = false;
-    if constexpr (kRelativePosition) {
-        has_bias = unsigned(key_block - params.key_grid.prefix_blocks) < unsigned(params.key_grid.tile_blocks);
-    }
-    if (has_bias) {
-        if constexpr (kRelativePosition) relative_position_bias(logits, *bias, params.inverse_scale);
+    if (kRelativePosition && part_of(key_block) == kImage) {
+        relative_position_bias(logits, *bias, params.inverse_scale);
     } else {
 #pragma unroll
         for (int i = 0; i < 64; i++) logits[i] = 0.0f;

@@ -3,12 +3,14 @@
 #pragma once
 
 #include "../params.h"
+#include "mbarrier.cuh"
+#include "token_grid.cuh"
 
 namespace sparse_attn {
 
 struct QueryRow {
-    int block;        // of queries
-    int64_t list;     // row of the index lists
+    int block;     // of queries
+    int64_t list;  // row of the index lists
 };
 
 // The query block that is launched as number `rank` of its head.
@@ -23,19 +25,15 @@ class KeyList {
   public:
     // Called by whole warps. `list` is the row of the index lists.
     __device__ __forceinline__ void open(const ForwardParams& params, int64_t list) {
-        if (params.key_indices == nullptr) {
-            count = params.key_grid.num_blocks;
-        } else {
-            count = __ldg(&params.key_counts[list]);
-            read(params, list, 0);
-        }
+        const int loaded = params.key_counts == nullptr ? params.key_grid.num_blocks : __ldg(&params.key_counts[list]);
+        read(params, list, 0);
+        count = warp_uniform(loaded);
     }
 
-    // Called by whole warps, with `position` growing by one from call to call.
-    __device__ __forceinline__ int next(const ForwardParams& params, const int64_t& list, int position) {
-        if (params.key_indices == nullptr) return position;
-        if (position % 32 == 0 && position > 0 && position < count) read(params, list, position);
-        return __shfl_sync(0xffffffff, window_, position % 32);
+    // Called by whole warps, with `position` below count and growing by one from call to call.
+    __device__ __forceinline__ BlockCode next(const ForwardParams& params, const int64_t& list, int position) {
+        if (position % 32 == 0 && position > 0) read(params, list, position);
+        return warp_uniform(__shfl_sync(0xffffffff, window_, position % 32));
     }
 
     int count;
@@ -43,11 +41,15 @@ class KeyList {
   private:
     // Entries past `count` exist and are not used; reading them spares waiting for the count.
     __device__ __forceinline__ void read(const ForwardParams& params, int64_t list, int first) {
-        const int position = first + threadIdx.x % 32, length = params.key_grid.num_blocks;
-        window_ = position < length ? __ldg(&params.key_indices[list * length + position]) : 0;
+        const int length = params.key_grid.num_blocks;
+        int block = first + threadIdx.x % 32;
+        if (params.key_indices != nullptr) {
+            block = block < length ? __ldg(&params.key_indices[list * length + block]) : 0;
+        }
+        window_ = code_of_block(params.key_grid, block);
     }
 
-    int window_ = 0;
+    BlockCode window_;
 };
 
 }  // namespace sparse_attn

@@ -16,11 +16,16 @@ __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Called by a whole warp; one lane issues the copy. Choosing the lane inside keeps the operands in uniform registers.
 __device__ __forceinline__ void tma_load(void* destination, const CUtensorMap* map, const TileCoordinates& at,
                                          uint64_t* barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(shared_address(destination)),
+        "{\n"
+        ".reg .pred elected;\n"
+        "elect.sync _|elected, 0xffffffff;\n"
+        "@elected cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %4, %5, %6}], [%7];\n"
+        "}\n" ::"r"(shared_address(destination)),
         "l"(map), "r"(at.column), "r"(at.head), "r"(at.x), "r"(at.y), "r"(at.batch), "r"(shared_address(barrier))
         : "memory");
 }

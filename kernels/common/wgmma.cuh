@@ -8,20 +8,28 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "mbarrier.cuh"
+
 namespace sparse_attn {
 
-// Descriptors of 128-byte-swizzled tiles; offsets in units of 16 bytes. Rows are 128 bytes, groups of 8 rows 1024.
-constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
-constexpr uint64_t kEightRows = uint64_t(1024 >> 4) << 32;
+// Descriptors of 128-byte-swizzled tiles: rows of 128 bytes, groups of 8 rows 1024 bytes apart. Their low word, with the
+// address in units of 16 bytes, is made once per tile as a warp-uniform value, to which callers add constant steps.
 
 // Depth runs along the rows of the tile (Q and K): 16 deep are 32 bytes.
-__device__ __forceinline__ uint64_t descriptor_along_rows(uint32_t address) {
-    return kSwizzle128 | kEightRows | (uint64_t(1) << 16) | ((address & 0x3FFFF) >> 4);
+constexpr int kDepthStepAlongRows = 32 >> 4;
+__device__ __forceinline__ int tile_along_rows(const void* tile) {
+    return warp_uniform(int(shared_address(tile) >> 4 | 1 << 16));
 }
 
 // Depth runs down the rows (V): 16 deep are 2048 bytes. Tiles of 64 columns lie chunk_bytes apart.
-__device__ __forceinline__ uint64_t descriptor_down_rows(uint32_t address, uint32_t chunk_bytes) {
-    return kSwizzle128 | kEightRows | (uint64_t(chunk_bytes >> 4) << 16) | ((address & 0x3FFFF) >> 4);
+constexpr int kDepthStepDownRows = 2048 >> 4;
+__device__ __forceinline__ int tile_down_rows(const void* tile, int chunk_bytes) {
+    return warp_uniform(int(shared_address(tile) >> 4 | uint32_t(chunk_bytes >> 4) << 16));
+}
+
+__device__ __forceinline__ uint64_t tile_descriptor(int low) {
+    constexpr uint32_t kSwizzle128 = 1u << 30, kEightRows = 1024 >> 4;
+    return uint64_t(kSwizzle128 | kEightRows) << 32 | uint32_t(low);
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -33,92 +33,95 @@ struct PairedForward {
         alignas(1024) unsigned char value[kStages][kTileBytes];
         Bias bias[kStages];
         uint64_t query_full, key_full[kStages], value_full[kStages];
-        int key_block[kStages];
-        unsigned warps_done[kStages];
+        BlockCode key_block[kStages];
+        unsigned warps_gone[kStages];
         // Kept here because every register of the main loop counts.
-        int query_block;
+        BlockCode query_block;
+        int key_head;
         int64_t key_list;
-        BlockPlace query_place;
     };
     static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two thread blocks must fit in one multiprocessor");
 
-    static __device__ __forceinline__ void load_query(Storage& storage, const ForwardParams& params) {
+    // The loads are called by a whole warp.
+    static __device__ __forceinline__ void load_query(Storage& storage, const ForwardParams& params, BlockCode block) {
+        const GridParams& grid = params.query_grid;
+        const TileCoordinates at{0, int(blockIdx.y), x_of(grid, block), y_of(grid, block), int(blockIdx.z)};
         barrier_arrive_expect(&storage.query_full, kTileBytes);
-        tma_load(storage.query, map_of_block(params.query, params.query_grid, storage.query_block),
-                 {0, int(blockIdx.y), storage.query_place.x, storage.query_place.y, int(blockIdx.z)}, &storage.query_full);
+        with_map(params.query, block,
+                 [&](const CUtensorMap* map) { tma_load(storage.query, map, at, &storage.query_full); });
     }
 
     static __device__ __forceinline__ void load_stage(Storage& storage, const ForwardParams& params, int stage,
-                                                      int key_block) {
-        const int head = blockIdx.y, batch = blockIdx.z;
-        const BlockPlace place = place_of_block(params.key_grid, key_block);
-        const TileCoordinates at{0, head / params.heads_per_key_head, place.x, place.y, batch};
-        const bool has_bias = kRelativePosition && place.is_image;
-        storage.key_block[stage] = key_block;
-        barrier_arrive_expect(&storage.key_full[stage], kTileBytes + (has_bias ? kBiasBytes : 0));
-        tma_load(storage.key[stage], map_of_block(params.key, params.key_grid, key_block), at, &storage.key_full[stage]);
+                                                      BlockCode key_block) {
+        const int x = x_of(params.key_grid, key_block), y = y_of(params.key_grid, key_block), batch = blockIdx.z;
+        const TileCoordinates at{0, warp_uniform(storage.key_head), x, y, batch};
+        const bool has_bias = kRelativePosition && part_of(key_block) == kImage;
+        if (kRelativePosition || kMaskedKeys) storage.key_block[stage] = key_block;
+        uint64_t* key_full = &storage.key_full[stage];
+        uint64_t* value_full = &storage.value_full[stage];
+        barrier_arrive_expect(key_full, kTileBytes + (has_bias ? kBiasBytes : 0));
+        with_map(params.key, key_block, [&](const CUtensorMap* map) { tma_load(storage.key[stage], map, at, key_full); });
         if constexpr (kRelativePosition) {
             if (has_bias) {
-                const int query_block = storage.query_block;
-                const BlockPlace& query = storage.query_place;
-                tma_load(storage.bias[stage].rel_h, map_of_block(params.rel_h, params.query_grid, query_block),
-                         {place.y, head, query.x, query.y, batch}, &storage.key_full[stage]);
-                tma_load(storage.bias[stage].rel_w, map_of_block(params.rel_w, params.query_grid, query_block),
-                         {place.x, head, query.x, query.y, batch}, &storage.key_full[stage]);
+                const GridParams& grid = params.query_grid;
+                const BlockCode query_block = warp_uniform(storage.query_block);
+                const int query_x = x_of(grid, query_block), query_y = y_of(grid, query_block), head = blockIdx.y;
+                with_map(params.rel_h, query_block, [&](const CUtensorMap* map) {
+                    tma_load(storage.bias[stage].rel_h, map, {y, head, query_x, query_y, batch}, key_full);
+                });
+                with_map(params.rel_w, query_block, [&](const CUtensorMap* map) {
+                    tma_load(storage.bias[stage].rel_w, map, {x, head, query_x, query_y, batch}, key_full);
+                });
             }
         }
-        barrier_arrive_expect(&storage.value_full[stage], kTileBytes);
-        tma_load(storage.value[stage], map_of_block(params.value, params.key_grid, key_block), at,
-                 &storage.value_full[stage]);
+        barrier_arrive_expect(value_full, kTileBytes);
+        with_map(params.value, key_block,
+                 [&](const CUtensorMap* map) { tma_load(storage.value[stage], map, at, value_full); });
     }
 
-    static __device__ __forceinline__ void query_key_product(float (&logits)[64], uint64_t query, uint64_t key) {
+    static __device__ __forceinline__ void issue_query_key(float (&logits)[64], int query, int key) {
         pin_registers(logits);
         wgmma_fence();
-        wgmma_logits<T, kRelativePosition || kMaskedKeys>(logits, query, key);
+        wgmma_logits<T, kRelativePosition || kMaskedKeys>(logits, tile_descriptor(query), tile_descriptor(key));
 #pragma unroll
         for (int step = 1; step < kHeadDim / 16; step++) {
-            wgmma_logits<T, true>(logits, query + 2 * step, key + 2 * step);
+            wgmma_logits<T, true>(logits, tile_descriptor(query + step * kDepthStepAlongRows),
+                                  tile_descriptor(key + step * kDepthStepAlongRows));
         }
         wgmma_commit();
-        wgmma_wait<0>(logits);
     }
 
-    // True in one thread of the last warp that calls this for the stage, with every warp's reads done before.
-    static __device__ __forceinline__ bool last_to_leave(Storage& storage, int stage, int lane) {
-        if (lane != 0) return false;
-        unsigned before;
-        asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
-                     : "=r"(before)
-                     : "r"(shared_address(&storage.warps_done[stage])), "r"(kWarps - 1)
-                     : "memory");
-        return before == kWarps - 1;
+    template <int kBegin, int kEnd>
+    static __device__ __forceinline__ void issue_weights_value(float (&out)[kHeadDim / 2], const uint32_t (&weights)[8][4],
+                                                               int value) {
+        pin_registers(out);
+        wgmma_fence();
+#pragma unroll
+        for (int step = kBegin; step < kEnd; step++) {
+            wgmma_output<T, kHeadDim>(out, weights[step], tile_descriptor(value + step * kDepthStepDownRows));
+        }
+        wgmma_commit();
+    }
+
+    // Counts this warp, which has done all its reads of the stage, as gone. Lane 0 returns how many were gone before.
+    static __device__ __forceinline__ unsigned leave(Storage& storage, int stage) {
+        unsigned before = 0;
+        if (threadIdx.x % 32 == 0) {
+            asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
+                         : "=r"(before)
+                         : "r"(shared_address(&storage.warps_gone[stage])), "r"(kWarps - 1)
+                         : "memory");
+        }
+        return before;
     }
 
     static __device__ __forceinline__ void run(const ForwardParams& params, Storage& storage) {
-        const int lane = threadIdx.x % 32;
-        const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
-
-        const QueryRow query_row = sparse_attn::query_row(params, blockIdx.x, blockIdx.y, blockIdx.z);
+        const int warpgroup = warp_uniform(threadIdx.x / 128);
         KeyList keys;
-        keys.open(params, query_row.list);
-        const int first = keys.next(params, query_row.list, 0), second = keys.next(params, query_row.list, 1);
-        if (threadIdx.x == 0) {
-            storage.query_block = query_row.block;
-            storage.key_list = query_row.list;
-            storage.query_place = place_of_block(params.query_grid, query_row.block);
-            barrier_init(&storage.query_full, 1);
-            for (int stage = 0; stage < kStages; stage++) {
-                barrier_init(&storage.key_full[stage], 1);
-                barrier_init(&storage.value_full[stage], 1);
-                storage.warps_done[stage] = 0;
-            }
-            barrier_init_fence();
-            if (keys.count > 0) {
-                load_query(storage, params);
-                load_stage(storage, params, 0, first);
-            }
-            if (keys.count > 1) load_stage(storage, params, 1, second);
+        {
+            const QueryRow row = query_row(params, blockIdx.x, blockIdx.y, blockIdx.z);
+            keys.open(params, row.list);
+            if (threadIdx.x < 32) begin(params, storage, row, keys);
         }
         __syncthreads();
 
@@ -127,59 +130,98 @@ struct PairedForward {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; i++) out[i] = 0.0f;
 
-        const uint64_t query_tile = descriptor_along_rows(shared_address(storage.query) + warpgroup * 64 * 128);
+        const int query_tile = tile_along_rows(storage.query + warpgroup * 64 * 128);
         if (keys.count > 0) barrier_wait(&storage.query_full, 0);
+        unsigned gone_before = 0;  // warps that had left the other stage before this one
         for (int i = 0; i < keys.count; i++) {
             const int stage = i % kStages;
             const uint32_t parity = (i / kStages) % 2;
+            const int key_tile = tile_along_rows(storage.key[stage]);
+            const int value_tile = tile_down_rows(storage.value[stage], kTileBytes);
 
             float logits[64];
             barrier_wait(&storage.key_full[stage], parity);
-            const RelativePositionTile<T>* bias = nullptr;
-            if constexpr (kRelativePosition) bias = &storage.bias[stage];
-            const uint64_t key_tile = descriptor_along_rows(shared_address(storage.key[stage]));
             if constexpr (kRelativePosition || kMaskedKeys) {
+                const RelativePositionTile<T>* bias = nullptr;
+                if constexpr (kRelativePosition) bias = &storage.bias[stage];
                 initial_logits<T, kRelativePosition, kMaskedKeys>(logits, params, storage.key_block[stage], blockIdx.z, bias);
             }
-            query_key_product(logits, query_tile, key_tile);
+            issue_query_key(logits, query_tile, key_tile);
+            // The last warp to leave a stage refills it, in the shade of this product.
+            if (i > 0 && i + 1 < keys.count) {
+                const BlockCode refill = keys.next(params, storage.key_list, i + 1);
+                if (warp_uniform(gone_before) == kWarps - 1) load_stage(storage, params, stage ^ 1, refill);
+            }
+            wgmma_wait<0>(logits);
 
             float rescale[2];
             softmax.raise_maximum(logits, params.scale_log2, rescale);
             rescale_rows(out, rescale);
-            softmax.exponentiate<0, 16>(logits, params.scale_log2);
             uint32_t weights[8][4];
+#ifdef SPLIT
+            // The first half of the weights is on its way through the tensor cores while the second is computed.
+            softmax.exponentiate<0, 8>(logits, params.scale_log2);
+#pragma unroll
+            for (int step = 0; step < 4; step++) pack_weights<T>(logits, step, weights[step]);
+            barrier_wait(&storage.value_full[stage], parity);
+            issue_weights_value<0, 4>(out, weights, value_tile);
+            softmax.exponentiate<8, 16>(logits, params.scale_log2);
+#pragma unroll
+            for (int step = 4; step < 8; step++) pack_weights<T>(logits, step, weights[step]);
+            issue_weights_value<4, 8>(out, weights, value_tile);
+#else
+            softmax.exponentiate<0, 16>(logits, params.scale_log2);
 #pragma unroll
             for (int step = 0; step < 8; step++) pack_weights<T>(logits, step, weights[step]);
-
             barrier_wait(&storage.value_full[stage], parity);
-            const uint64_t value_tile = descriptor_down_rows(shared_address(storage.value[stage]), kTileBytes);
-            pin_registers(out);
-            wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < 8; step++) {
-                wgmma_output<T, kHeadDim>(out, weights[step], value_tile + step * (2048 >> 4));
-            }
-            wgmma_commit();
+            issue_weights_value<0, 8>(out, weights, value_tile);
+#endif
             wgmma_wait<0>(out);
-
-            const int refill = i + kStages;
-            const int refill_block = keys.next(params, storage.key_list, refill);
-            if (last_to_leave(storage, stage, lane) && refill < keys.count) load_stage(storage, params, stage, refill_block);
-            __syncwarp();
+            gone_before = leave(storage, stage);
         }
 
+        end(params, storage, softmax, out, warpgroup);
+    }
+
+    // First loads, by one warp.
+    static __device__ __forceinline__ void begin(const ForwardParams& params, Storage& storage, const QueryRow& row,
+                                                 KeyList& keys) {
+        const BlockCode query_block = warp_uniform(code_of_block(params.query_grid, row.block));
+        if (threadIdx.x == 0) {
+            storage.query_block = query_block;
+            storage.key_head = blockIdx.y / params.heads_per_key_head;
+            storage.key_list = row.list;
+            barrier_init(&storage.query_full, 1);
+            for (int stage = 0; stage < kStages; stage++) {
+                barrier_init(&storage.key_full[stage], 1);
+                barrier_init(&storage.value_full[stage], 1);
+                storage.warps_gone[stage] = 0;
+            }
+            barrier_init_fence();
+        }
+        __syncwarp();
+        if (keys.count > 0) {
+            load_query(storage, params, query_block);
+            load_stage(storage, params, 0, keys.next(params, row.list, 0));
+        }
+        if (keys.count > 1) load_stage(storage, params, 1, keys.next(params, row.list, 1));
+    }
+
+    static __device__ __forceinline__ void end(const ForwardParams& params, Storage& storage, OnlineSoftmax& softmax,
+                                               const float (&out)[kHeadDim / 2], int warpgroup) {
+        const int head = blockIdx.y, batch = blockIdx.z;
         float inverse[2], log_sum[2];
         softmax.finish(params.scale, inverse, log_sum);
-        const int head = blockIdx.y, batch = blockIdx.z;
-        const BlockPlace place = storage.query_place;
-        write_log_sum(params, place, head, batch, query_row_of_thread(), lane, log_sum);
+        if (params.lse != nullptr) {
+            write_log_sum(params, BlockPlace(params.query_grid, storage.query_block), head, batch, log_sum);
+        }
         unsigned char* rows = storage.query + warpgroup * 64 * 128;
         warpgroup_sync(warpgroup);
-        stage_rows<T, kHeadDim>(shared_address(rows), out, inverse, threadIdx.x / 32 % 4, lane);
+        stage_rows<T, kHeadDim>(shared_address(rows), out, inverse);
         fence_async_proxy();
         warpgroup_sync(warpgroup);
         if (threadIdx.x % 128 == 0) {
-            store_rows<kHeadDim>(params, place, storage.query_block, head, batch, warpgroup, rows);
+            store_rows<kHeadDim>(params, storage.query_block, head, batch, warpgroup, rows);
             tma_store_wait_read();
         }
     }

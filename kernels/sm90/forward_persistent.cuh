@@ -36,8 +36,9 @@ struct PersistentForward {
         Bias bias[kStages];
         uint64_t query_full[2], query_free[2];
         uint64_t key_full[kStages], key_free[kStages], value_full[kStages], value_free[kStages];
-        int key_block[kStages];
-        int query_block[2], key_count[2];  // of the queries in each buffer
+        BlockCode key_block[kStages];
+        BlockCode query_block[2];  // of the queries in each buffer
+        int key_count[2];
     };
     static_assert(sizeof(Storage) <= 227 * 1024, "a thread block cannot have more shared memory");
 
@@ -62,83 +63,84 @@ struct PersistentForward {
         return params.query_grid.num_blocks * params.query_heads * params.batch;
     }
 
-    static __device__ __forceinline__ void load_tile(unsigned char* tile, const CUtensorMap* map, TileCoordinates at,
-                                                     uint64_t* barrier) {
+    // The loads are called by the whole producer warp.
+    static __device__ __forceinline__ void load_tile(unsigned char* tile, const TensorMaps& maps, BlockCode block,
+                                                     TileCoordinates at, uint64_t* barrier) {
+        with_map(maps, block, [&](const CUtensorMap* map) {
 #pragma unroll
-        for (int chunk = 0; chunk < kChunks; chunk++) {
-            at.column = 64 * chunk;
-            tma_load(tile + chunk * kChunkBytes, map, at, barrier);
-        }
+            for (int chunk = 0; chunk < kChunks; chunk++) {
+                at.column = 64 * chunk;
+                tma_load(tile + chunk * kChunkBytes, map, at, barrier);
+            }
+        });
     }
 
     static __device__ __forceinline__ void load_query(Storage& storage, const ForwardParams& params, Ring ring,
-                                                      const Work& work, int query_block, const BlockPlace& place,
-                                                      int key_count) {
+                                                      const Work& work, BlockCode block, int key_count) {
         const int slot = ring.slot();
         barrier_wait(&storage.query_free[slot], ring.parity() ^ 1);
-        storage.query_block[slot] = query_block;
+        storage.query_block[slot] = block;
         storage.key_count[slot] = key_count;
-        if (key_count == 0) {
-            barrier_arrive(&storage.query_full[slot]);
-            return;
-        }
-        barrier_arrive_expect(&storage.query_full[slot], kTileBytes);
-        load_tile(storage.query[slot], map_of_block(params.query, params.query_grid, query_block),
-                  {0, work.head, place.x, place.y, work.batch}, &storage.query_full[slot]);
+        barrier_arrive_expect(&storage.query_full[slot], key_count > 0 ? kTileBytes : 0);
+        if (key_count == 0) return;
+        const GridParams& grid = params.query_grid;
+        load_tile(storage.query[slot], params.query, block, {0, work.head, x_of(grid, block), y_of(grid, block), work.batch},
+                  &storage.query_full[slot]);
     }
 
     static __device__ __forceinline__ void load_stage(Storage& storage, const ForwardParams& params, Ring ring,
-                                                      const Work& work, int query_block, const BlockPlace& query,
-                                                      int key_block) {
+                                                      const Work& work, int key_head, BlockCode query_block,
+                                                      BlockCode key_block) {
         const int stage = ring.slot();
-        const BlockPlace place = place_of_block(params.key_grid, key_block);
-        const TileCoordinates at{0, work.head / params.heads_per_key_head, place.x, place.y, work.batch};
-        const bool has_bias = kRelativePosition && place.is_image;
+        const int x = x_of(params.key_grid, key_block), y = y_of(params.key_grid, key_block);
+        const TileCoordinates at{0, key_head, x, y, work.batch};
+        const bool has_bias = kRelativePosition && part_of(key_block) == kImage;
+        uint64_t* key_full = &storage.key_full[stage];
         barrier_wait(&storage.key_free[stage], ring.parity() ^ 1);
         storage.key_block[stage] = key_block;
-        barrier_arrive_expect(&storage.key_full[stage], kTileBytes + (has_bias ? kBiasBytes : 0));
-        load_tile(storage.key[stage], map_of_block(params.key, params.key_grid, key_block), at, &storage.key_full[stage]);
+        barrier_arrive_expect(key_full, kTileBytes + (has_bias ? kBiasBytes : 0));
+        load_tile(storage.key[stage], params.key, key_block, at, key_full);
         if constexpr (kRelativePosition) {
             if (has_bias) {
-                tma_load(storage.bias[stage].rel_h, map_of_block(params.rel_h, params.query_grid, query_block),
-                         {place.y, work.head, query.x, query.y, work.batch}, &storage.key_full[stage]);
-                tma_load(storage.bias[stage].rel_w, map_of_block(params.rel_w, params.query_grid, query_block),
-                         {place.x, work.head, query.x, query.y, work.batch}, &storage.key_full[stage]);
+                const int query_x = x_of(params.query_grid, query_block), query_y = y_of(params.query_grid, query_block);
+                with_map(params.rel_h, query_block, [&](const CUtensorMap* map) {
+                    tma_load(storage.bias[stage].rel_h, map, {y, work.head, query_x, query_y, work.batch}, key_full);
+                });
+                with_map(params.rel_w, query_block, [&](const CUtensorMap* map) {
+                    tma_load(storage.bias[stage].rel_w, map, {x, work.head, query_x, query_y, work.batch}, key_full);
+                });
             }
         }
         barrier_wait(&storage.value_free[stage], ring.parity() ^ 1);
         barrier_arrive_expect(&storage.value_full[stage], kTileBytes);
-        load_tile(storage.value[stage], map_of_block(params.value, params.key_grid, key_block), at,
-                  &storage.value_full[stage]);
+        load_tile(storage.value[stage], params.value, key_block, at, &storage.value_full[stage]);
     }
 
     static __device__ __forceinline__ void produce(const ForwardParams& params, Storage& storage) {
-        const bool leader = threadIdx.x % 32 == 0;
         Ring queries, stages;
         for (int index = blockIdx.x; index < work_count(params); index += gridDim.x) {
             const Work work(params, index);
+            const int key_head = work.head / params.heads_per_key_head;
             const QueryRow row = query_row(params, work.rank, work.head, work.batch);
-            const BlockPlace place = place_of_block(params.query_grid, row.block);
+            const BlockCode query_block = warp_uniform(code_of_block(params.query_grid, row.block));
             KeyList keys;
             keys.open(params, row.list);
-            if (leader) load_query(storage, params, queries, work, row.block, place, keys.count);
+            load_query(storage, params, queries, work, query_block, keys.count);
             queries.uses++;
             for (int i = 0; i < keys.count; i++) {
-                const int key_block = keys.next(params, row.list, i);
-                if (leader) load_stage(storage, params, stages, work, row.block, place, key_block);
-                __syncwarp();
+                load_stage(storage, params, stages, work, key_head, query_block, keys.next(params, row.list, i));
                 stages.uses++;
             }
         }
     }
 
-    static __device__ __forceinline__ void issue_query_key(float (&logits)[64], uint32_t query, uint32_t key) {
+    static __device__ __forceinline__ void issue_query_key(float (&logits)[64], int query, int key) {
         pin_registers(logits);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; step++) {
-            const int offset = step / 4 * kChunkBytes + step % 4 * 32;
-            const uint64_t a = descriptor_along_rows(query + offset), b = descriptor_along_rows(key + offset);
+            const int offset = step / 4 * (kChunkBytes >> 4) + step % 4 * kDepthStepAlongRows;
+            const uint64_t a = tile_descriptor(query + offset), b = tile_descriptor(key + offset);
             if (step == 0) {
                 wgmma_logits<T, kRelativePosition || kMaskedKeys>(logits, a, b);
             } else {
@@ -149,17 +151,17 @@ struct PersistentForward {
     }
 
     static __device__ __forceinline__ void issue_weights_value(float (&out)[kHeadDim / 2], const uint32_t (&weights)[8][4],
-                                                               uint32_t value) {
+                                                               int value) {
         pin_registers(out);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 8; step++) {
-            wgmma_output<T, kHeadDim>(out, weights[step], descriptor_down_rows(value + step * 2048, kChunkBytes));
+            wgmma_output<T, kHeadDim>(out, weights[step], tile_descriptor(value + step * kDepthStepDownRows));
         }
         wgmma_commit();
     }
 
-    // The warps' own arrivals, each after its products have read the buffer.
+    // One arrival per warp, after its products have read the buffer.
     static __device__ __forceinline__ void leave(uint64_t* barrier, int lane) {
         if (lane == 0) barrier_arrive(barrier);
     }
@@ -175,7 +177,7 @@ struct PersistentForward {
 
     static __device__ __forceinline__ void consume(const ForwardParams& params, Storage& storage) {
         const int lane = threadIdx.x % 32;
-        const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+        const int warpgroup = warp_uniform(threadIdx.x / 128);
         const bool leader = threadIdx.x % 128 == 0;
         Ring queries, stages;
         int stored_slot = -1;  // query buffer that this thread's last copy of output may still read
@@ -191,8 +193,9 @@ struct PersistentForward {
             const int slot = queries.slot();
             barrier_wait(&storage.query_full[slot], queries.parity());
             queries.uses++;
-            const int count = storage.key_count[slot];
-            const uint32_t query_rows = shared_address(storage.query[slot]) + warpgroup * 64 * 128;
+            const int count = warp_uniform(storage.key_count[slot]);
+            unsigned char* rows = storage.query[slot] + warpgroup * 64 * 128;
+            const int query_tile = tile_along_rows(rows);
 
             OnlineSoftmax softmax;
             float out[kHeadDim / 2], rescale[2];
@@ -205,7 +208,7 @@ struct PersistentForward {
                 const int stage = stages.slot();
                 barrier_wait(&storage.key_full[stage], stages.parity());
                 begin_logits(storage, params, logits, stage, work.batch);
-                issue_query_key(logits, query_rows, shared_address(storage.key[stage]));
+                issue_query_key(logits, query_tile, tile_along_rows(storage.key[stage]));
                 wgmma_wait<0>(logits);
                 leave(&storage.key_free[stage], lane);
                 release_stored();
@@ -221,9 +224,9 @@ struct PersistentForward {
                     const int key_stage = stages.slot();
                     barrier_wait(&storage.key_full[key_stage], stages.parity());
                     begin_logits(storage, params, logits, key_stage, work.batch);
-                    issue_query_key(logits, query_rows, shared_address(storage.key[key_stage]));
+                    issue_query_key(logits, query_tile, tile_along_rows(storage.key[key_stage]));
                     barrier_wait(&storage.value_full[value_stage], value_parity);
-                    issue_weights_value(out, weights, shared_address(storage.value[value_stage]));
+                    issue_weights_value(out, weights, tile_down_rows(storage.value[value_stage], kChunkBytes));
                     wgmma_wait<1>(logits);
                     leave(&storage.key_free[key_stage], lane);
                     softmax.raise_maximum(logits, params.scale_log2, rescale);
@@ -237,7 +240,7 @@ struct PersistentForward {
 
                 const int value_stage = stages.slot();
                 barrier_wait(&storage.value_full[value_stage], stages.parity());
-                issue_weights_value(out, weights, shared_address(storage.value[value_stage]));
+                issue_weights_value(out, weights, tile_down_rows(storage.value[value_stage], kChunkBytes));
                 wgmma_wait<0>(out);
                 leave(&storage.value_free[value_stage], lane);
                 stages.uses++;
@@ -245,17 +248,17 @@ struct PersistentForward {
 
             float inverse[2], log_sum[2];
             softmax.finish(params.scale, inverse, log_sum);
-            const int query_block = storage.query_block[slot];
-            const BlockPlace place = place_of_block(params.query_grid, query_block);
-            write_log_sum(params, place, work.head, work.batch, query_row_of_thread(), lane, log_sum);
+            const BlockCode query_block = storage.query_block[slot];
+            if (params.lse != nullptr) {
+                write_log_sum(params, BlockPlace(params.query_grid, query_block), work.head, work.batch, log_sum);
+            }
             release_stored();
             warpgroup_sync(warpgroup);
-            stage_rows<T, kHeadDim>(query_rows, out, inverse, threadIdx.x / 32 % 4, lane);
+            stage_rows<T, kHeadDim>(shared_address(rows), out, inverse);
             fence_async_proxy();
             warpgroup_sync(warpgroup);
             if (leader) {
-                store_rows<kHeadDim>(params, place, query_block, work.head, work.batch, warpgroup,
-                                     storage.query[slot] + warpgroup * 64 * 128);
+                store_rows<kHeadDim>(params, query_block, work.head, work.batch, warpgroup, rows);
                 stored_slot = slot;
             }
         }
