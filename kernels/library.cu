@@ -114,6 +114,9 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
         check_shape("key_indices", *key_indices, {-1, -1, params.query_grid.num_blocks, params.key_grid.num_blocks});
         params.key_counts = static_cast<const int32_t*>(key_counts->mutable_data_ptr());
         params.key_indices = static_cast<const int32_t*>(key_indices->mutable_data_ptr());
+        STD_TORCH_CHECK(key_counts->is_contiguous() && key_indices->is_contiguous() &&
+                            (!row_order.has_value() || row_order->is_contiguous()),
+                        "block_sparse_attention: key_counts, key_indices and row_order must be contiguous");
         if (row_order.has_value()) params.row_order = static_cast<const int32_t*>(row_order->mutable_data_ptr());
         const int64_t list_heads = key_counts->size(1);
         params.list_head_stride = list_heads > 1 ? params.query_grid.num_blocks : 0;
@@ -121,6 +124,7 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     }
     if (key_padding_mask.has_value()) {
         check_shape("key_padding_mask", *key_padding_mask, {batch, key_tokens});
+        STD_TORCH_CHECK(key_padding_mask->is_contiguous(), "block_sparse_attention: key_padding_mask must be contiguous");
         params.key_padding = static_cast<const uint8_t*>(key_padding_mask->mutable_data_ptr());
     }
     params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
