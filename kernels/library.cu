@@ -38,6 +38,10 @@ GridParams grid_params(const char* name, const std::vector<int64_t>& grid) {
     params.prefix_blocks = (params.prefix + kBlockTokens - 1) / kBlockTokens;
     params.tile_columns = (params.width + params.tile_width - 1) / params.tile_width;
     params.tile_blocks = params.tile_columns * ((params.height + params.tile_height - 1) / params.tile_height);
+    const uint64_t columns = uint64_t(params.tile_columns);
+    STD_TORCH_CHECK(uint64_t(params.tile_blocks) * columns < (uint64_t(1) << 32), "block_sparse_attention: ", name,
+                    " must have fewer blocks, got ", params.tile_blocks, " in rows of ", columns);
+    params.tile_columns_reciprocal = uint32_t(((uint64_t(1) << 32) + columns - 1) / columns);
     params.num_blocks = params.prefix_blocks + params.tile_blocks + (params.suffix + kBlockTokens - 1) / kBlockTokens;
     return params;
 }

@@ -16,6 +16,7 @@ struct GridParams {
     int tile_height, tile_width;        // powers of two, product kBlockTokens
     int tile_height_log2, tile_width_log2;
     int prefix_blocks, tile_columns, tile_blocks, num_blocks;
+    uint32_t tile_columns_reciprocal;   // ceil(2^32 / tile_columns), 0 for one column
 };
 
 // One tensor [batch, heads, tokens, head_dim] seen as three: its prefix, its patches, its suffix. Each is the 5-D array

@@ -24,16 +24,13 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Called by a whole warp, which arrives once.
+// Called by a whole warp; lane 0 arrives.
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
-    asm volatile(
-        "{\n"
-        ".reg .pred elected;\n"
-        "elect.sync _|elected, 0xffffffff;\n"
-        "@elected mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n"
-        "}\n" ::"r"(shared_address(barrier)),
-        "r"(bytes)
-        : "memory");
+    if (threadIdx.x % 32 == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                     : "memory");
+    }
+    __syncwarp();
 }
 
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {

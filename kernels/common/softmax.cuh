@@ -69,17 +69,13 @@ struct OnlineSoftmax {
         }
     }
 
-    // Logits of columns 8 kBegin to 8 kEnd become weights.
-    template <int kBegin, int kEnd>
-    __device__ __forceinline__ void exponentiate(float (&logits)[64], float scale_log2) {
+    // The logits of the 16 keys of a step become weights.
+    __device__ __forceinline__ void exponentiate(float (&logits)[64], float scale_log2, int step) {
 #pragma unroll
-        for (int i = kBegin; i < kEnd; i++) {
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float& x = logits[4 * i + j];
-                x = exp2_approximate(fmaf(x, scale_log2, -offset[j / 2]));
-                sum[j / 2] += x;
-            }
+        for (int i = 0; i < 8; i++) {
+            float& x = logits[8 * step + i];
+            x = exp2_approximate(fmaf(x, scale_log2, -offset[i / 2 % 2]));
+            sum[i / 2 % 2] += x;
         }
     }
 
@@ -87,7 +83,7 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int row = 0; row < 2; row++) {
             const float total = quad_sum(sum[row]);
-            inverse[row] = total > 0.0f ? 1.0f / total : 0.0f;
+            inverse[row] = total > 0.0f ? __frcp_rn(total) : 0.0f;
             log_sum[row] = total > 0.0f ? maximum[row] * scale + __logf(total) : -INFINITY;
         }
     }

@@ -7,7 +7,7 @@
 namespace sparse_attn {
 
 // A block's part of the tensor and its tile's column and row there, packed. Made once per list entry, because finding it
-// takes a division; everything else about a block follows by shifts. Never negative.
+// is costly; everything else about a block follows by shifts. Never negative.
 using BlockCode = int;
 constexpr int kCodeRowShift = 16, kCodePartShift = 29;
 constexpr int kMaxTileColumns = 1 << kCodeRowShift, kMaxTileRows = 1 << (kCodePartShift - kCodeRowShift);
@@ -17,7 +17,7 @@ __device__ __forceinline__ BlockCode code_of_block(const GridParams& grid, int b
     const int tile = block - grid.prefix_blocks;
     if (tile < 0) return kPrefix << kCodePartShift | block;
     if (tile >= grid.tile_blocks) return kSuffix << kCodePartShift | (tile - grid.tile_blocks);
-    const int row = tile / grid.tile_columns;
+    const int row = grid.tile_columns == 1 ? tile : int(__umulhi(tile, grid.tile_columns_reciprocal));
     return row << kCodeRowShift | (tile - row * grid.tile_columns);
 }
 

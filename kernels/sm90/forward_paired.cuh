@@ -33,50 +33,55 @@ struct PairedForward {
         alignas(1024) unsigned char value[kStages][kTileBytes];
         Bias bias[kStages];
         uint64_t query_full, key_full[kStages], value_full[kStages];
-        BlockCode key_block[kStages];
         unsigned warps_gone[kStages];
         // Kept here because every register of the main loop counts.
         BlockCode query_block;
-        int key_head;
         int64_t key_list;
     };
     static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two thread blocks must fit in one multiprocessor");
 
-    // The loads are called by a whole warp.
-    static __device__ __forceinline__ void load_query(Storage& storage, const ForwardParams& params, BlockCode block) {
-        const GridParams& grid = params.query_grid;
-        const TileCoordinates at{0, int(blockIdx.y), x_of(grid, block), y_of(grid, block), int(blockIdx.z)};
-        barrier_arrive_expect(&storage.query_full, kTileBytes);
-        with_map(params.query, block,
-                 [&](const CUtensorMap* map) { tma_load(storage.query, map, at, &storage.query_full); });
+    // Loads are called by a whole warp.
+    static __device__ __forceinline__ void load(unsigned char* tile, const TensorMaps& maps, const GridParams& grid,
+                                                BlockCode block, int head, uint64_t* full) {
+        const TileCoordinates at{0, head, x_of(grid, block), y_of(grid, block), int(blockIdx.z)};
+        with_map(maps, block, [&](const CUtensorMap* map) { tma_load(tile, map, at, full); });
     }
 
-    static __device__ __forceinline__ void load_stage(Storage& storage, const ForwardParams& params, int stage,
-                                                      BlockCode key_block) {
-        const int x = x_of(params.key_grid, key_block), y = y_of(params.key_grid, key_block), batch = blockIdx.z;
-        const TileCoordinates at{0, warp_uniform(storage.key_head), x, y, batch};
+    static __device__ __forceinline__ void load_query(Storage& storage, const ForwardParams& params, BlockCode block) {
+        barrier_arrive_expect(&storage.query_full, kTileBytes);
+        load(storage.query, params.query, params.query_grid, block, blockIdx.y, &storage.query_full);
+    }
+
+    static __device__ __forceinline__ void load_key(Storage& storage, const ForwardParams& params, int stage,
+                                                    BlockCode query_block, BlockCode key_block) {
         const bool has_bias = kRelativePosition && part_of(key_block) == kImage;
-        if (kRelativePosition || kMaskedKeys) storage.key_block[stage] = key_block;
-        uint64_t* key_full = &storage.key_full[stage];
-        uint64_t* value_full = &storage.value_full[stage];
-        barrier_arrive_expect(key_full, kTileBytes + (has_bias ? kBiasBytes : 0));
-        with_map(params.key, key_block, [&](const CUtensorMap* map) { tma_load(storage.key[stage], map, at, key_full); });
+        uint64_t* full = &storage.key_full[stage];
+        barrier_arrive_expect(full, kTileBytes + (has_bias ? kBiasBytes : 0));
+        load(storage.key[stage], params.key, params.key_grid, key_block, key_head(params), full);
         if constexpr (kRelativePosition) {
-            if (has_bias) {
-                const GridParams& grid = params.query_grid;
-                const BlockCode query_block = warp_uniform(storage.query_block);
-                const int query_x = x_of(grid, query_block), query_y = y_of(grid, query_block), head = blockIdx.y;
-                with_map(params.rel_h, query_block, [&](const CUtensorMap* map) {
-                    tma_load(storage.bias[stage].rel_h, map, {y, head, query_x, query_y, batch}, key_full);
-                });
-                with_map(params.rel_w, query_block, [&](const CUtensorMap* map) {
-                    tma_load(storage.bias[stage].rel_w, map, {x, head, query_x, query_y, batch}, key_full);
-                });
-            }
+            if (!has_bias) return;
+            const int query_x = x_of(params.query_grid, query_block), query_y = y_of(params.query_grid, query_block);
+            const int head = blockIdx.y, batch = blockIdx.z;
+            const int x = x_of(params.key_grid, key_block), y = y_of(params.key_grid, key_block);
+            with_map(params.rel_h, query_block, [&](const CUtensorMap* map) {
+                tma_load(storage.bias[stage].rel_h, map, {y, head, query_x, query_y, batch}, full);
+            });
+            with_map(params.rel_w, query_block, [&](const CUtensorMap* map) {
+                tma_load(storage.bias[stage].rel_w, map, {x, head, query_x, query_y, batch}, full);
+            });
         }
-        barrier_arrive_expect(value_full, kTileBytes);
-        with_map(params.value, key_block,
-                 [&](const CUtensorMap* map) { tma_load(storage.value[stage], map, at, value_full); });
+    }
+
+    static __device__ __forceinline__ void load_value(Storage& storage, const ForwardParams& params, int stage,
+                                                      BlockCode key_block) {
+        uint64_t* full = &storage.value_full[stage];
+        barrier_arrive_expect(full, kTileBytes);
+        load(storage.value[stage], params.value, params.key_grid, key_block, key_head(params), full);
+    }
+
+    static __device__ __forceinline__ int key_head(const ForwardParams& params) {
+        if (params.heads_per_key_head == 1) return blockIdx.y;
+        return blockIdx.y / params.heads_per_key_head;
     }
 
     static __device__ __forceinline__ void issue_query_key(float (&logits)[64], int query, int key) {
@@ -91,13 +96,12 @@ struct PairedForward {
         wgmma_commit();
     }
 
-    template <int kBegin, int kEnd>
     static __device__ __forceinline__ void issue_weights_value(float (&out)[kHeadDim / 2], const uint32_t (&weights)[8][4],
                                                                int value) {
         pin_registers(out);
         wgmma_fence();
 #pragma unroll
-        for (int step = kBegin; step < kEnd; step++) {
+        for (int step = 0; step < 8; step++) {
             wgmma_output<T, kHeadDim>(out, weights[step], tile_descriptor(value + step * kDepthStepDownRows));
         }
         wgmma_commit();
@@ -106,6 +110,7 @@ struct PairedForward {
     // Counts this warp, which has done all its reads of the stage, as gone. Lane 0 returns how many were gone before.
     static __device__ __forceinline__ unsigned leave(Storage& storage, int stage) {
         unsigned before = 0;
+        __syncwarp();
         if (threadIdx.x % 32 == 0) {
             asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
                          : "=r"(before)
@@ -120,10 +125,16 @@ struct PairedForward {
         KeyList keys;
         {
             const QueryRow row = query_row(params, blockIdx.x, blockIdx.y, blockIdx.z);
+            if (threadIdx.x == 0) prepare(params, storage);
             keys.open(params, row.list);
-            if (threadIdx.x < 32) begin(params, storage, row, keys);
+            const BlockCode query_block = warp_uniform(code_of_block(params.query_grid, row.block));
+            if (threadIdx.x == 0) {
+                storage.query_block = query_block;
+                storage.key_list = row.list;
+            }
+            __syncthreads();
+            begin(params, storage, query_block, keys);
         }
-        __syncthreads();
 
         OnlineSoftmax softmax;
         float out[kHeadDim / 2];
@@ -133,6 +144,7 @@ struct PairedForward {
         const int query_tile = tile_along_rows(storage.query + warpgroup * 64 * 128);
         if (keys.count > 0) barrier_wait(&storage.query_full, 0);
         unsigned gone_before = 0;  // warps that had left the other stage before this one
+        BlockCode key_block = keys.count > 0 ? keys.next(params, storage.key_list, 0) : 0;
         for (int i = 0; i < keys.count; i++) {
             const int stage = i % kStages;
             const uint32_t parity = (i / kStages) % 2;
@@ -144,13 +156,16 @@ struct PairedForward {
             if constexpr (kRelativePosition || kMaskedKeys) {
                 const RelativePositionTile<T>* bias = nullptr;
                 if constexpr (kRelativePosition) bias = &storage.bias[stage];
-                initial_logits<T, kRelativePosition, kMaskedKeys>(logits, params, storage.key_block[stage], blockIdx.z, bias);
+                initial_logits<T, kRelativePosition, kMaskedKeys>(logits, params, key_block, blockIdx.z, bias);
             }
             issue_query_key(logits, query_tile, key_tile);
             // The last warp to leave a stage refills it, in the shade of this product.
-            if (i > 0 && i + 1 < keys.count) {
-                const BlockCode refill = keys.next(params, storage.key_list, i + 1);
-                if (warp_uniform(gone_before) == kWarps - 1) load_stage(storage, params, stage ^ 1, refill);
+            if (i + 1 < keys.count) {
+                key_block = keys.next(params, storage.key_list, i + 1);
+                if (i > 0 && warp_uniform(gone_before) == kWarps - 1) {
+                    load_key(storage, params, stage ^ 1, warp_uniform(storage.query_block), key_block);
+                    load_value(storage, params, stage ^ 1, key_block);
+                }
             }
             wgmma_wait<0>(logits);
 
@@ -158,24 +173,16 @@ struct PairedForward {
             softmax.raise_maximum(logits, params.scale_log2, rescale);
             rescale_rows(out, rescale);
             uint32_t weights[8][4];
-#ifdef SPLIT
-            // The first half of the weights is on its way through the tensor cores while the second is computed.
-            softmax.exponentiate<0, 8>(logits, params.scale_log2);
+            // In halves: packing frees the registers of logits, and too few at a time would wait for the exponentials.
 #pragma unroll
-            for (int step = 0; step < 4; step++) pack_weights<T>(logits, step, weights[step]);
+            for (int half = 0; half < 8; half += 4) {
+#pragma unroll
+                for (int step = half; step < half + 4; step++) softmax.exponentiate(logits, params.scale_log2, step);
+#pragma unroll
+                for (int step = half; step < half + 4; step++) pack_weights<T>(logits, step, weights[step]);
+            }
             barrier_wait(&storage.value_full[stage], parity);
-            issue_weights_value<0, 4>(out, weights, value_tile);
-            softmax.exponentiate<8, 16>(logits, params.scale_log2);
-#pragma unroll
-            for (int step = 4; step < 8; step++) pack_weights<T>(logits, step, weights[step]);
-            issue_weights_value<4, 8>(out, weights, value_tile);
-#else
-            softmax.exponentiate<0, 16>(logits, params.scale_log2);
-#pragma unroll
-            for (int step = 0; step < 8; step++) pack_weights<T>(logits, step, weights[step]);
-            barrier_wait(&storage.value_full[stage], parity);
-            issue_weights_value<0, 8>(out, weights, value_tile);
-#endif
+            issue_weights_value(out, weights, value_tile);
             wgmma_wait<0>(out);
             gone_before = leave(storage, stage);
         }
@@ -183,28 +190,34 @@ struct PairedForward {
         end(params, storage, softmax, out, warpgroup);
     }
 
-    // First loads, by one warp.
-    static __device__ __forceinline__ void begin(const ForwardParams& params, Storage& storage, const QueryRow& row,
+    // What needs no list, while the lists are on their way.
+    static __device__ __forceinline__ void prepare(const ForwardParams& params, Storage& storage) {
+        tma_prefetch_map(&params.query.image);
+        tma_prefetch_map(&params.key.image);
+        tma_prefetch_map(&params.value.image);
+        tma_prefetch_map(&params.out.image);
+        barrier_init(&storage.query_full, 1);
+        for (int stage = 0; stage < kStages; stage++) {
+            barrier_init(&storage.key_full[stage], 1);
+            barrier_init(&storage.value_full[stage], 1);
+            storage.warps_gone[stage] = 0;
+        }
+        barrier_init_fence();
+    }
+
+    // The first loads, each by a warp of its own: one after the other they would delay a short row noticeably.
+    static __device__ __forceinline__ void begin(const ForwardParams& params, Storage& storage, BlockCode query_block,
                                                  KeyList& keys) {
-        const BlockCode query_block = warp_uniform(code_of_block(params.query_grid, row.block));
-        if (threadIdx.x == 0) {
-            storage.query_block = query_block;
-            storage.key_head = blockIdx.y / params.heads_per_key_head;
-            storage.key_list = row.list;
-            barrier_init(&storage.query_full, 1);
-            for (int stage = 0; stage < kStages; stage++) {
-                barrier_init(&storage.key_full[stage], 1);
-                barrier_init(&storage.value_full[stage], 1);
-                storage.warps_gone[stage] = 0;
-            }
-            barrier_init_fence();
+        const int warp = warp_uniform(threadIdx.x / 32);
+        if (warp == 0 && keys.count > 0) load_query(storage, params, query_block);
+        const int stage = (warp - 1) / 2;
+        if (warp == 0 || stage >= kStages || stage >= keys.count) return;
+        const BlockCode key_block = keys.next(params, storage.key_list, stage);
+        if (warp % 2 == 1) {
+            load_key(storage, params, stage, query_block, key_block);
+        } else {
+            load_value(storage, params, stage, key_block);
         }
-        __syncwarp();
-        if (keys.count > 0) {
-            load_query(storage, params, query_block);
-            load_stage(storage, params, 0, keys.next(params, row.list, 0));
-        }
-        if (keys.count > 1) load_stage(storage, params, 1, keys.next(params, row.list, 1));
     }
 
     static __device__ __forceinline__ void end(const ForwardParams& params, Storage& storage, OnlineSoftmax& softmax,

@@ -79,8 +79,11 @@ struct PersistentForward {
                                                       const Work& work, BlockCode block, int key_count) {
         const int slot = ring.slot();
         barrier_wait(&storage.query_free[slot], ring.parity() ^ 1);
-        storage.query_block[slot] = block;
-        storage.key_count[slot] = key_count;
+        if (threadIdx.x % 32 == 0) {
+            storage.query_block[slot] = block;
+            storage.key_count[slot] = key_count;
+        }
+        __syncwarp();
         barrier_arrive_expect(&storage.query_full[slot], key_count > 0 ? kTileBytes : 0);
         if (key_count == 0) return;
         const GridParams& grid = params.query_grid;
@@ -97,7 +100,8 @@ struct PersistentForward {
         const bool has_bias = kRelativePosition && part_of(key_block) == kImage;
         uint64_t* key_full = &storage.key_full[stage];
         barrier_wait(&storage.key_free[stage], ring.parity() ^ 1);
-        storage.key_block[stage] = key_block;
+        if (threadIdx.x % 32 == 0) storage.key_block[stage] = key_block;
+        __syncwarp();
         barrier_arrive_expect(key_full, kTileBytes + (has_bias ? kBiasBytes : 0));
         load_tile(storage.key[stage], params.key, key_block, at, key_full);
         if constexpr (kRelativePosition) {
@@ -163,7 +167,13 @@ struct PersistentForward {
 
     // One arrival per warp, after its products have read the buffer.
     static __device__ __forceinline__ void leave(uint64_t* barrier, int lane) {
+        __syncwarp();
         if (lane == 0) barrier_arrive(barrier);
+    }
+
+    // Reads through the lane whose arrival frees the buffer, so that the read is ordered before the next write.
+    static __device__ __forceinline__ int from_lane_0(const int& value) {
+        return warp_uniform(threadIdx.x % 32 == 0 ? value : 0);
     }
 
     static __device__ __forceinline__ void begin_logits(Storage& storage, const ForwardParams& params,
@@ -171,7 +181,8 @@ struct PersistentForward {
         if constexpr (kRelativePosition || kMaskedKeys) {
             const RelativePositionTile<T>* bias = nullptr;
             if constexpr (kRelativePosition) bias = &storage.bias[stage];
-            initial_logits<T, kRelativePosition, kMaskedKeys>(logits, params, storage.key_block[stage], batch, bias);
+            const BlockCode key_block = from_lane_0(storage.key_block[stage]);
+            initial_logits<T, kRelativePosition, kMaskedKeys>(logits, params, key_block, batch, bias);
         }
     }
 
@@ -193,7 +204,7 @@ struct PersistentForward {
             const int slot = queries.slot();
             barrier_wait(&storage.query_full[slot], queries.parity());
             queries.uses++;
-            const int count = warp_uniform(storage.key_count[slot]);
+            const int count = from_lane_0(storage.key_count[slot]);
             unsigned char* rows = storage.query[slot] + warpgroup * 64 * 128;
             const int query_tile = tile_along_rows(rows);
 
@@ -213,9 +224,11 @@ struct PersistentForward {
                 leave(&storage.key_free[stage], lane);
                 release_stored();
                 softmax.raise_maximum(logits, params.scale_log2, rescale);
-                softmax.exponentiate<0, 16>(logits, params.scale_log2);
 #pragma unroll
-                for (int step = 0; step < 8; step++) pack_weights<T>(logits, step, weights[step]);
+                for (int step = 0; step < 8; step++) {
+                    softmax.exponentiate(logits, params.scale_log2, step);
+                    pack_weights<T>(logits, step, weights[step]);
+                }
 
                 for (int i = 1; i < count; i++) {
                     const int value_stage = stages.slot();
@@ -230,7 +243,8 @@ struct PersistentForward {
                     wgmma_wait<1>(logits);
                     leave(&storage.key_free[key_stage], lane);
                     softmax.raise_maximum(logits, params.scale_log2, rescale);
-                    softmax.exponentiate<0, 16>(logits, params.scale_log2);
+#pragma unroll
+                    for (int step = 0; step < 8; step++) softmax.exponentiate(logits, params.scale_log2, step);
                     wgmma_wait<0>(out);
                     leave(&storage.value_free[value_stage], lane);
                     rescale_rows(out, rescale);
@@ -248,7 +262,7 @@ struct PersistentForward {
 
             float inverse[2], log_sum[2];
             softmax.finish(params.scale, inverse, log_sum);
-            const BlockCode query_block = storage.query_block[slot];
+            const BlockCode query_block = from_lane_0(storage.query_block[slot]);
             if (params.lse != nullptr) {
                 write_log_sum(params, BlockPlace(params.query_grid, query_block), work.head, work.batch, log_sum);
             }

@@ -138,6 +138,8 @@ def _why_not_grid(grid: TokenGrid) -> str | None:
     columns = max(grid.tile_columns, grid.num_prefix_blocks, grid.num_suffix_blocks)
     if grid.tile_rows > _MAX_TILES[0] or columns > _MAX_TILES[1]:
         return f"a grid may have up to {_MAX_TILES[0]} × {_MAX_TILES[1]} blocks, got {grid.tile_rows} × {columns}"
+    if grid.num_tiles * grid.tile_columns >= 2**32:
+        return f"a grid may have up to 2³² blocks times columns of blocks, got {grid.num_tiles} × {grid.tile_columns}"
     return None
 
 
