@@ -18,10 +18,11 @@ struct RelativePositionTile {
     alignas(128) T rel_w[kBlockTokens * kBiasTileWidth];
 };
 
-// (rel_h + rel_w) / scale, for this thread's two query rows.
-template <typename T>
+// (rel_h + rel_w) / scale, for this thread's two query rows; -inf outside the part of the tile that exists, which costs
+// next to nothing here because it is a rectangle too.
+template <typename T, bool kRagged>
 __device__ __forceinline__ void relative_position_bias(float (&logits)[64], const RelativePositionTile<T>& tile,
-                                                       float inverse_scale) {
+                                                       float inverse_scale, int valid_x, int valid_y) {
     const int row = query_row_of_thread(), column = 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -34,11 +35,14 @@ __device__ __forceinline__ void relative_position_bias(float (&logits)[64], cons
             w[i] = unpack<T>(*reinterpret_cast<const uint32_t*>(&tile.rel_w[query * kBiasTileWidth + 8 * i + column]));
             w[i].x *= inverse_scale;
             w[i].y *= inverse_scale;
+            if (kRagged && 8 * i + column >= valid_x) w[i].x = -INFINITY;
+            if (kRagged && 8 * i + column + 1 >= valid_x) w[i].y = -INFINITY;
         }
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             const float2 pair = unpack<T>(h_pairs[i / 4]);
-            const float of_row = (i / 2) % 2 ? pair.y : pair.x;
+            float of_row = (i / 2) % 2 ? pair.y : pair.x;
+            if (kRagged && i / 2 >= valid_y) of_row = -INFINITY;
             logits[4 * i + 2 * half] = fmaf(of_row, inverse_scale, w[i % 2].x);
             logits[4 * i + 2 * half + 1] = fmaf(of_row, inverse_scale, w[i % 2].y);
         }
@@ -67,18 +71,25 @@ template <typename T, bool kRelativePosition, bool kMaskedKeys>
 __device__ __forceinline__ void initial_logits(float (&logits)[64], const ForwardParams& params, BlockCode key_block,
                                                int batch, const RelativePositionTile<T>* bias) {
     // Found out before the logits are touched, while the register file has room for it.
-    uint32_t exists[4] = {~0u, ~0u, ~0u, ~0u};
+    uint32_t exists[4];
+    bool masked = false;
+    const bool has_bias = kRelativePosition && part_of(key_block) == kImage;
     if constexpr (kMaskedKeys) {
         const BlockPlace place(params.key_grid, key_block);
-        if (params.key_padding != nullptr || !place.is_full()) existing_keys(exists, params, place, batch);
+        masked = params.key_padding != nullptr || (!has_bias && !place.is_full());
+        if (masked) existing_keys(exists, params, place, batch);
     }
-    if (kRelativePosition && part_of(key_block) == kImage) {
-        relative_position_bias(logits, *bias, params.inverse_scale);
+    if (has_bias) {
+        if constexpr (kRelativePosition) {
+            const int valid_x = params.key_grid.width - x_of(params.key_grid, key_block);
+            const int valid_y = params.key_grid.height - y_of(params.key_grid, key_block);
+            relative_position_bias<T, kMaskedKeys>(logits, *bias, params.inverse_scale, valid_x, valid_y);
+        }
     } else {
 #pragma unroll
         for (int i = 0; i < 64; i++) logits[i] = 0.0f;
     }
-    if constexpr (kMaskedKeys) {
+    if (masked) {
 #pragma unroll
         for (int i = 0; i < 16; i++) {
 #pragma unroll
