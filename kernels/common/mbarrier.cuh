@@ -52,6 +52,15 @@ __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
     asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
 
+// Two warpgroups take turns: one waits for its turn, which the other gives it.
+constexpr int kFirstTurnBarrier = 4;
+__device__ __forceinline__ void await_turn(int warpgroup) {
+    asm volatile("bar.sync %0, 256;" ::"r"(warpgroup + kFirstTurnBarrier) : "memory");
+}
+__device__ __forceinline__ void give_turn(int warpgroup) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(warpgroup + kFirstTurnBarrier) : "memory");
+}
+
 // Orders this thread's ordinary shared-memory writes before later reads by the copy engine or the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -1,9 +1,10 @@
 // Forward pass for head_dim up to 64: two small thread blocks share a multiprocessor.
 //
 // A thread block computes 128 queries with two warpgroups of 64 rows, in the 128 registers per thread that let two of
-// them fit. Nothing overlaps inside a warpgroup beyond its own asynchronous products: four independent warpgroups per
-// multiprocessor hide each other's softmax. There is no producer warp, which would cost those registers: the warp that
-// is last to leave a stage refills it, so nobody ever waits for a stage to become free.
+// them fit. Nothing overlaps inside a warpgroup beyond its own asynchronous products: the four warpgroups of a
+// multiprocessor hide each other's softmax, and the two of a thread block take turns at Q K^T, which keeps them out of
+// step. There is no producer warp, which would cost those registers: the warp that is last to leave a stage refills it,
+// so nobody ever waits for a stage to become free.
 #pragma once
 
 #include "../common/initial_logits.cuh"
@@ -143,6 +144,7 @@ struct PairedForward {
 
         const int query_tile = tile_along_rows(storage.query + warpgroup * 64 * 128);
         if (keys.count > 0) barrier_wait(&storage.query_full, 0);
+        if (warpgroup == 1 && keys.count > 0) give_turn(0);
         unsigned gone_before = 0;  // warps that had left the other stage before this one
         BlockCode key_block = keys.count > 0 ? keys.next(params, storage.key_list, 0) : 0;
         for (int i = 0; i < keys.count; i++) {
@@ -158,6 +160,7 @@ struct PairedForward {
                 if constexpr (kRelativePosition) bias = &storage.bias[stage];
                 initial_logits<T, kRelativePosition, kMaskedKeys>(logits, params, key_block, blockIdx.z, bias);
             }
+            await_turn(warpgroup);
             issue_query_key(logits, query_tile, key_tile);
             // The last warp to leave a stage refills it, in the shade of this product.
             if (i + 1 < keys.count) {
@@ -168,6 +171,7 @@ struct PairedForward {
                 }
             }
             wgmma_wait<0>(logits);
+            give_turn(warpgroup ^ 1);
 
             float rescale[2];
             softmax.raise_maximum(logits, params.scale_log2, rescale);
