@@ -50,13 +50,16 @@ struct PersistentForward {
     };
     static_assert(kStages == 2, "Ring counts two buffers");
 
+    // Heads follow each other, so that their keys and values stay in the cache. Every other one starts with its shortest
+    // rows: a thread block meets about the same ranks in each head, and so long and short rows balance.
     struct Work {
         int rank, head, batch;
         __device__ __forceinline__ Work(const ForwardParams& params, int index) {
-            const int rows = params.query_grid.num_blocks;
-            rank = index % rows;
-            head = index / rows % params.query_heads;
-            batch = index / rows / params.query_heads;
+            const int rows = params.query_grid.num_blocks, any_head = index / rows;
+            rank = index - any_head * rows;
+            if (any_head % 2) rank = rows - 1 - rank;
+            batch = any_head / params.query_heads;
+            head = any_head - batch * params.query_heads;
         }
     };
     static __device__ __forceinline__ int work_count(const ForwardParams& params) {
