@@ -20,6 +20,9 @@ struct PersistentForward {
     static constexpr int kConsumerWarps = 8;
     static constexpr int kThreads = 128 + 32 * kConsumerWarps;
     static constexpr int kStages = 2;
+    // The warpgroups take turns at the tensor cores: each until its Q K^T is done, or, where that takes long, only until
+    // it is issued.
+    static constexpr bool kKeepsTurn = kHeadDim <= 96;
     static constexpr int kChunks = (kHeadDim + 63) / 64;
     static constexpr int kChunkBytes = kBlockTokens * 128;
     static constexpr int kTileBytes = kChunks * kChunkBytes;
@@ -193,6 +196,7 @@ struct PersistentForward {
         const int lane = threadIdx.x % 32;
         const int warpgroup = warp_uniform(threadIdx.x / 128);
         const bool leader = threadIdx.x % 128 == 0;
+        if (warpgroup == 1) give_turn(0);
         Ring queries, stages;
         int stored_slot = -1;  // query buffer that this thread's last copy of output may still read
         const auto release_stored = [&] {
@@ -222,8 +226,11 @@ struct PersistentForward {
                 const int stage = stages.slot();
                 barrier_wait(&storage.key_full[stage], stages.parity());
                 begin_logits(storage, params, logits, stage, work.batch);
+                await_turn(warpgroup);
                 issue_query_key(logits, query_tile, tile_along_rows(storage.key[stage]));
+                if (!kKeepsTurn) give_turn(warpgroup ^ 1);
                 wgmma_wait<0>(logits);
+                if (kKeepsTurn) give_turn(warpgroup ^ 1);
                 leave(&storage.key_free[stage], lane);
                 release_stored();
                 softmax.raise_maximum(logits, params.scale_log2, rescale);
@@ -240,10 +247,13 @@ struct PersistentForward {
                     const int key_stage = stages.slot();
                     barrier_wait(&storage.key_full[key_stage], stages.parity());
                     begin_logits(storage, params, logits, key_stage, work.batch);
+                    await_turn(warpgroup);
                     issue_query_key(logits, query_tile, tile_along_rows(storage.key[key_stage]));
                     barrier_wait(&storage.value_full[value_stage], value_parity);
                     issue_weights_value(out, weights, tile_down_rows(storage.value[value_stage], kChunkBytes));
+                    if (!kKeepsTurn) give_turn(warpgroup ^ 1);
                     wgmma_wait<1>(logits);
+                    if (kKeepsTurn) give_turn(warpgroup ^ 1);
                     leave(&storage.key_free[key_stage], lane);
                     softmax.raise_maximum(logits, params.scale_log2, rescale);
 #pragma unroll
