@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .backends import Request, select_backend
+from .backends import AttentionInputs, Request, select_backend
 from .backends.gathered import dense_attention
 from .block_mask import BlockMask
 from .operator import attention_forward
@@ -115,7 +115,7 @@ def block_sparse_attention(
     if backend == "gathered" and mask.is_dense and rel_h is None and key_padding_mask is None and not return_lse:
         # Nothing is gathered then, and autograd of the dense kernels needs no operator of ours around them.
         return dense_attention(query, key, value, scale, dropout_p)
-    out, lse = attention_forward(
+    inputs = AttentionInputs(
         query,
         key,
         value,
@@ -129,15 +129,17 @@ def block_sparse_attention(
         rel_w,
         key_padding_mask,
         torch.randint(2**62, (1,), device=query.device) if dropout_p > 0 else None,
-        mask.query_grid.pack(),
-        mask.key_grid.pack(),
+        mask.query_grid,
+        mask.key_grid,
         float(scale),
         float(dropout_p),
         mask.is_dense,
-        backend,
-        return_lse or needs_grad,
     )
-    return (out, lse) if return_lse else out
+    out, lse = attention_forward(inputs, backend, return_lse or needs_grad, needs_grad)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def _autocast(

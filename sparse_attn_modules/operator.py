@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import BACKENDS, AttentionInputs
 from .backends.interface import tokens_before_heads
@@ -18,7 +20,7 @@ _INPUTS = (
     "Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, float dropout_p, bool is_dense, str backend"
 )
 _NUM_INPUTS = _INPUTS.count(",") + 1
-_NUM_TENSORS = _INPUTS.count("Tensor")
+_TENSORS = [argument.split()[1] for argument in _INPUTS.split(", ") if argument.startswith("Tensor")]
 
 _library = torch.library.Library("sparse_attn_modules", "DEF")
 _library.define(f"attention_forward({_INPUTS}, bool with_lse) -> (Tensor out, Tensor lse)")
@@ -28,17 +30,47 @@ _library.define(
 )
 
 
-def attention_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp (empty unless ``with_lse``); arguments as the schema says."""
-    return torch.ops.sparse_attn_modules.attention_forward.default(*arguments)
+def attention_forward(
+    inputs: AttentionInputs, backend: str, with_lse: bool, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output and, if asked for, log-sum-exp: through the operator wherever somebody may be watching."""
+    if not needs_grad and type(inputs.query) is Tensor and not _is_watched():
+        # Eager inference. The dispatcher and its wrappers would take longer than a small kernel.
+        return _run(inputs, backend, with_lse)
+    tensors = [getattr(inputs, name) for name in _TENSORS]
+    grids = inputs.query_grid.pack(), inputs.key_grid.pack()
+    out, lse = torch.ops.sparse_attn_modules.attention_forward.default(
+        *tensors, *grids, inputs.scale, inputs.dropout_p, inputs.is_dense, backend, with_lse
+    )
+    return out, lse if with_lse else None
 
 
-def _inputs(arguments: tuple[Any, ...]) -> tuple[AttentionInputs, Any]:
-    """The backend's view of the operator's arguments, and the backend."""
+def _is_watched() -> bool:
+    """Whether something traces, intercepts or transforms operators."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _run(inputs: AttentionInputs, backend: str, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+    with _without_autocast(inputs.query):
+        return BACKENDS[backend].forward(inputs, with_lse)
+
+
+# Checking the numbers of a grid at every call would take longer than a launch.
+@lru_cache(maxsize=256)
+def _unpacked(*numbers: int) -> TokenGrid:
+    return TokenGrid.unpack(list(numbers))
+
+
+def _inputs(arguments: tuple[Any, ...]) -> tuple[AttentionInputs, str]:
+    """The backend's view of the operator's arguments, and the backend's name."""
     *tensors, query_grid, key_grid, scale, dropout_p, is_dense, backend = arguments
-    grids = TokenGrid.unpack(query_grid), TokenGrid.unpack(key_grid)
+    grids = _unpacked(*query_grid), _unpacked(*key_grid)
     inputs = AttentionInputs(*tensors, *grids, scale, dropout_p, is_dense)  # type: ignore[call-arg]
-    return inputs, BACKENDS[backend]
+    return inputs, backend
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -53,8 +85,7 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *operands, with_lse = arguments
     inputs, backend = _inputs(tuple(operands))
-    with _without_autocast(inputs.query):
-        out, lse = backend.forward(inputs, with_lse)
+    out, lse = _run(inputs, backend, with_lse)
     return out, inputs.query.new_empty(0, dtype=inputs.statistics_dtype) if lse is None else lse
 
 
@@ -63,7 +94,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     *operands, grad_out, grad_lse, out, lse = arguments
     inputs, backend = _inputs(tuple(operands))
     with _without_autocast(inputs.query):
-        grads = backend.backward(inputs, grad_out, grad_lse, out, lse)
+        grads = BACKENDS[backend].backward(inputs, grad_out, grad_lse, out, lse)
     relative = (grads.rel_h, grads.rel_w)
     return (
         *(tokens_before_heads(grad) for grad in (grads.query, grads.key, grads.value)),
@@ -93,8 +124,8 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *operands, _ = inputs
-    ctx.save_for_backward(*operands[:_NUM_TENSORS], *output)
-    ctx.constants = operands[_NUM_TENSORS:]
+    ctx.save_for_backward(*operands[: len(_TENSORS)], *output)
+    ctx.constants = operands[len(_TENSORS) :]
     ctx.set_materialize_grads(False)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparse_attn_modules import BlockMask, Dense, LocalWindow, Pattern, Random, TokenGrid, block_sparse_attention
 from sparse_attn_modules.modules import SparseAttention
@@ -192,6 +193,19 @@ def test_inference_mode_first_then_training():
     image = torch.randn(1, 7, 5, 8, requires_grad=True)
     layer(image).sum().backward()
     assert image.grad.isfinite().all()
+
+
+def test_tracers_see_the_operator_and_vmap_goes_through_it():
+    query, key, value = inputs(torch.float32, requires_grad=False)
+
+    def attend(query):
+        return block_sparse_attention(query, key, value, MASK)
+
+    graph = make_fx(attend)(query).graph
+    assert torch.ops.sparse_attn_modules.attention_forward.default in [node.target for node in graph.nodes]
+    batch = torch.randn(3, *query.shape)
+    mapped = torch.func.vmap(attend)(batch)
+    torch.testing.assert_close(mapped, torch.stack([attend(query) for query in batch]))
 
 
 def test_two_threads_agree_with_one():
