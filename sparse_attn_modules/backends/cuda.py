@@ -143,10 +143,13 @@ def _why_not_grid(grid: TokenGrid) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _why_not_device(index: int) -> str | None:
     """Whether the machine can run the kernels: never traced, since it may compile them."""
     return _examine_device(index)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler, for a second, with this package.
+setattr(_why_not_device, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 @lru_cache(maxsize=64)
