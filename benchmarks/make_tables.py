@@ -15,13 +15,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import attention
 import cpu_attention
 from records import RESULTS, Column, caption, read, table
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 # A record whose script is not named here becomes a table of all its keys.
-COLUMNS: dict[str, Sequence[Column]] = {"cpu_attention": cpu_attention.COLUMNS}
+COLUMNS: dict[str, Sequence[Column]] = {
+    "attention": attention.COLUMNS,
+    "cpu_attention": cpu_attention.COLUMNS,
+}
 
 _START = re.compile(r"<!-- table: (?P<name>\S+) -->\n")
 _END = "<!-- end -->"

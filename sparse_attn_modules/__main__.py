@@ -1,4 +1,5 @@
-"""Command line: ``python -m sparse_attn_modules info`` says what is installed and which backends can run."""
+"""Command line: ``python -m sparse_attn_modules info`` says what is installed and which backends can run, ``build``
+compiles the CUDA kernels ahead of time."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 
 from . import __version__
 from .backends import BACKENDS
+from .build import ARCHITECTURES, BuildError, build_library
 
 _OPTIONAL_PACKAGES = ("einops", "timm", "segment_anything", "torchvision", "triton", "matplotlib", "scikit-image")
 
@@ -53,8 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparse_attn_modules", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, backends and why one cannot run")
-    parser.parse_args(arguments)
-    print(info())
+    build = commands.add_parser("build", help="compile the CUDA kernels ahead of time")
+    build.add_argument("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], help="GPU architecture")
+    build.add_argument("--into", metavar="DIR", help="folder for the library; default: the user's cache")
+    options = parser.parse_args(arguments)
+    if options.command == "info":
+        print(info())
+        return 0
+    try:
+        print(build_library(options.arch, options.into))
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,0 +1,68 @@
+// The end of a block of queries: normalised rows go through shared memory to a clipped copy into the output tensor.
+#pragma once
+
+#include "../params.h"
+#include "mbarrier.cuh"
+#include "softmax.cuh"
+#include "tma.cuh"
+#include "token_grid.cuh"
+
+namespace sparse_attn {
+
+// Writes a warpgroup's 64 x kHeadDim accumulators into a 128-byte-swizzled tile of chunks of 64 columns. `rows` is the
+// address of the warpgroup's first row in chunk 0.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void stage_rows(uint32_t rows, const float (&out)[kHeadDim / 2], const float (&factor)[2]) {
+    static_assert(kHeadDim % 16 == 0, "stmatrix.x4 writes 16 columns");
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const int row = 16 * warp + lane % 16;
+    const uint32_t line = rows + row * 128;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; i += 2) {
+        const int column_group = i % 8 + lane / 16;
+        const uint32_t address = line + (i / 8) * (kBlockTokens * 128) + ((column_group ^ (row % 8)) << 4);
+        uint32_t pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            pairs[j] = pack<T>(out[4 * i + 2 * j] * factor[j % 2], out[4 * i + 2 * j + 1] * factor[j % 2]);
+        }
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(pairs[0]),
+                     "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+                     : "memory");
+    }
+}
+
+// Starts the copy of a warpgroup's half of the block; one thread calls it.
+template <int kHeadDim>
+__device__ __forceinline__ void store_rows(const ForwardParams& params, BlockCode query_block, int head, int batch,
+                                           int warpgroup, const unsigned char* rows) {
+    const GridParams& grid = params.query_grid;
+    TileCoordinates at{0, head, x_of(grid, query_block), y_of(grid, query_block), batch};
+    if (part_of(query_block) == kImage && grid.tile_height > 1) {
+        at.y += warpgroup * grid.tile_height / 2;
+    } else {
+        at.x += warpgroup * (kBlockTokens / 2);
+    }
+    with_map(params.out, query_block, [&](const CUtensorMap* map) {
+#pragma unroll
+        for (at.column = 0; at.column < kHeadDim; at.column += 64) {
+            tma_store(map, rows + (at.column / 64) * (kBlockTokens * 128), at);
+        }
+    });
+    tma_store_commit();
+}
+
+__device__ __forceinline__ void write_log_sum(const ForwardParams& params, const BlockPlace& place, int head, int batch,
+                                              const float (&log_sum)[2]) {
+    if (threadIdx.x % 4 != 0) return;
+    const GridParams& grid = params.query_grid;
+    const int64_t tokens = grid.prefix + grid.height * grid.width + grid.suffix;
+    float* lse = params.lse + (int64_t(batch) * params.query_heads + head) * tokens;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int slot = query_row_of_thread() + 8 * half;
+        if (place.exists(slot)) lse[place.token(slot)] = log_sum[half];
+    }
+}
+
+}  // namespace sparse_attn

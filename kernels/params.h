@@ -1,0 +1,54 @@
+// What a kernel is told: geometry, tensor maps, index lists. Plain data, passed by value as the kernel's parameter.
+#pragma once
+
+#include <cuda.h>
+#include <cstdint>
+
+namespace sparse_attn {
+
+constexpr int kBlockTokensLog2 = 7;
+constexpr int kBlockTokens = 1 << kBlockTokensLog2;  // tokens of a full block: one tile of patches, or a run of extra tokens
+
+// Tokens of one image in memory order: prefix, height x width patches in raster order, suffix.
+// Blocks in list order: prefix blocks, tiles in raster order, suffix blocks.
+struct GridParams {
+    int prefix, height, width, suffix;  // in tokens
+    int tile_height, tile_width;        // powers of two, product kBlockTokens
+    int tile_height_log2, tile_width_log2;
+    int prefix_blocks, tile_columns, tile_blocks, num_blocks;
+    uint32_t tile_columns_reciprocal;   // ceil(2^32 / tile_columns), 0 for one column
+};
+
+// One tensor [batch, heads, tokens, head_dim] seen as three: its prefix, its patches, its suffix. Each is the 5-D array
+// {head_dim, heads, x, y, batch}, so that copies stop at the edges of the grid and never cross into the next row of
+// patches. Extra tokens lie along x. A map whose part has no tokens is all zero and never used.
+struct TensorMaps {
+    CUtensorMap prefix, image, suffix;
+};
+
+struct ForwardParams {
+    TensorMaps query;         // box: 64 of head_dim x one block
+    TensorMaps key;           // likewise
+    TensorMaps value;         // likewise
+    TensorMaps out;           // box: 64 of head_dim x half a block, what one warpgroup writes
+    TensorMaps rel_h, rel_w;  // [B, Hq, Nq, Kh], [B, Hq, Nq, Kw]; box: one tile height (width) x one block of queries
+
+    GridParams query_grid, key_grid;
+    int batch, query_heads, heads_per_key_head;
+
+    const int32_t* key_counts;   // [B | 1, Hq | 1, Q]; null: every key block is active, and the two below are null
+    const int32_t* key_indices;  // [B | 1, Hq | 1, Q, K], active key blocks first
+    const int32_t* row_order;    // [B | 1, Hq | 1, Q], query blocks in launch order; null: as numbered
+    int list_batch_stride;       // in rows of Q entries: 0 where the lists are shared
+    int list_head_stride;
+
+    const uint8_t* key_padding;  // bool [B, Nk], true: the key does not exist; null: all exist
+    float* lse;                  // [B, Hq, Nq], natural logarithm; null: not wanted
+
+    float scale;       // of the logits
+    float scale_log2;  // scale * log2(e): the exponentials are powers of two
+    float inverse_scale;
+    bool mask_keys;    // some key block has absent keys: ragged tiles, extra tokens, padding
+};
+
+}  // namespace sparse_attn

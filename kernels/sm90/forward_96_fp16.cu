@@ -1,0 +1,3 @@
+#include "launch_forward.cuh"
+
+template cudaError_t sparse_attn::launch_forward<__half, 96>(const ForwardParams&, bool, int, cudaStream_t);

@@ -1,0 +1,15 @@
+// What the operator calls: one function per dtype and native head_dim, each compiled in a file of its own.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../params.h"
+
+namespace sparse_attn {
+
+template <typename T, int kHeadDim>
+cudaError_t launch_forward(const ForwardParams& params, bool relative_position, int device, cudaStream_t stream);
+
+}  // namespace sparse_attn

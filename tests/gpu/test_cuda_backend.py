@@ -1,0 +1,272 @@
+"""The compiled kernels against the reference in float64, over random geometry."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_attn_modules import BlockMask, TokenGrid, block_sparse_attention
+from sparse_attn_modules.backends import cuda
+
+_REASON = cuda.why_not_here()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=f"cuda backend: {_REASON}")]
+
+_TILES = [(8, 16), (16, 8), (4, 32), (2, 64), (1, 128)]
+_HEAD_DIMS = [8, 16, 24, 32, 40, 48, 56, 64, 64, 64, 72, 80, 80, 80, 88, 96, 96, 104, 112, 120, 128, 128]
+_LAYOUTS = ["heads first", "tokens first", "fused qkv", "slice"]
+
+
+@dataclass
+class Case:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: BlockMask
+    scale: float | None
+    relative_position: tuple[Tensor, Tensor] | None
+    key_padding_mask: Tensor | None
+
+    def run(self, backend: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        dtype = dtype or self.query.dtype
+        relative = self.relative_position
+        return block_sparse_attention(
+            *(tensor.to(dtype) for tensor in (self.query, self.key, self.value)),
+            self.mask,
+            scale=self.scale,
+            relative_position=None if relative is None else tuple(rel.to(dtype) for rel in relative),
+            key_padding_mask=self.key_padding_mask,
+            backend=backend,
+            return_lse=True,
+        )
+
+
+def _tensor(draw: random.Random, batch: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    layout = draw.choice(_LAYOUTS)
+    options = {"dtype": dtype, "device": "cuda"}
+    if layout == "heads first":
+        return torch.randn(batch, heads, tokens, head_dim, **options)
+    if layout == "tokens first":
+        return torch.randn(batch, tokens, heads, head_dim, **options).transpose(1, 2)
+    if layout == "fused qkv":
+        return torch.randn(batch, tokens, 3, heads, head_dim, **options)[:, :, 1].transpose(1, 2)
+    return torch.randn(batch, heads, tokens + 3, head_dim + 16, **options)[:, :, 2 : tokens + 2, 8 : head_dim + 8]
+
+
+def _grid(draw: random.Random, tile: tuple[int, int] | None) -> TokenGrid:
+    if tile is None and draw.random() < 0.2:
+        return TokenGrid.sequence(draw.randint(1, 900))
+    return TokenGrid(
+        draw.randint(1, 40),
+        draw.randint(1, 40),
+        prefix=draw.choice([0, 0, 1, 5, 130]),
+        suffix=draw.choice([0, 0, 4, 129]),
+        tile=tile or draw.choice(_TILES),
+    )
+
+
+def _case(seed: int) -> Case:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = draw.choice([torch.bfloat16, torch.float16])
+    head_dim, batch, key_heads = draw.choice(_HEAD_DIMS), draw.choice([1, 1, 2, 3]), draw.choice([1, 2, 3])
+    heads = key_heads * draw.choice([1, 1, 1, 2, 4])
+    has_bias = draw.random() < 0.4
+    tile = (8, 16) if has_bias else None
+    query_grid = _grid(draw, tile)
+    key_grid = query_grid if draw.random() < 0.6 else _grid(draw, tile)
+
+    shape = (draw.choice([1, batch]), draw.choice([1, heads]), query_grid.num_blocks, key_grid.num_blocks)
+    blocks = torch.rand(shape, device="cuda") < draw.choice([0.1, 0.3, 0.6, 1.0])
+    if draw.random() < 0.5:
+        blocks[:, :, draw.randrange(shape[2])] = False
+        blocks[:, :, draw.randrange(shape[2])] = True
+    mask = BlockMask(blocks, query_grid, key_grid)
+    if draw.random() < 0.2:
+        mask = BlockMask.dense(query_grid, key_grid, device="cuda")
+
+    relative = None
+    if has_bias:
+        sizes = (key_grid.height, key_grid.width)
+        relative = tuple(_tensor(draw, batch, heads, query_grid.num_tokens, size, dtype) for size in sizes)
+    padding = None
+    if draw.random() < 0.25:
+        padding = torch.rand(batch, key_grid.num_tokens, device="cuda") < draw.choice([0.1, 0.5, 1.0])
+    query = _tensor(draw, batch, heads, query_grid.num_tokens, head_dim, dtype)
+    key, value = (_tensor(draw, batch, key_heads, key_grid.num_tokens, head_dim, dtype) for _ in range(2))
+    return Case(query, key, value, mask, draw.choice([None, 0.3]), relative, padding)
+
+
+@pytest.fixture
+def _poisoned_memory():
+    """New tensors hold NaN until they are written."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def _check(case: Case) -> None:
+    out, lse = case.run("cuda")
+    again, lse_again = case.run("cuda")
+    expected, expected_lse = case.run("reference", torch.float64)
+    # Plain attention in the same dtype: rounded logits, weights and sums.
+    low, _ = _plain(case)
+    tolerance = 2 * (low.double() - expected).abs().max() + 1e-5
+    assert torch.isfinite(out).all()
+    assert (out.double() - expected).abs().max() <= tolerance
+    assert torch.equal(torch.isinf(lse), torch.isinf(expected_lse))
+    finite = torch.isfinite(expected_lse)
+    assert torch.allclose(lse.double()[finite], expected_lse[finite], rtol=1e-3, atol=2e-3)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+
+
+def _plain(case: Case) -> tuple[Tensor, Tensor]:
+    group = case.query.shape[1] // case.key.shape[1]
+    key, value = (tensor.repeat_interleave(group, 1) for tensor in (case.key, case.value))
+    logits = case.query @ key.mT * (case.query.shape[-1] ** -0.5 if case.scale is None else case.scale)
+    if case.relative_position is not None:
+        grid = case.mask.key_grid
+        bias = case.relative_position[0][..., :, None] + case.relative_position[1][..., None, :]
+        logits[..., grid.prefix : grid.prefix + grid.num_patches] += bias.flatten(-2)
+    allowed = case.mask.token_mask()
+    if case.key_padding_mask is not None:
+        allowed = allowed & ~case.key_padding_mask[:, None, None]
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    weights = torch.softmax(logits, -1).nan_to_num(0.0)
+    return weights @ value, logits
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.parametrize("first", range(0, 400, 20))
+def test_matches_the_reference_on_random_geometry(first: int) -> None:
+    for seed in range(first, first + 20):
+        try:
+            _check(_case(seed))
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}") from error
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_blocks_per_row(head_dim: int, dtype: torch.dtype) -> None:
+    """More key blocks than the 32 that a warp holds at once."""
+    torch.manual_seed(0)
+    grid = TokenGrid.sequence(128 * 70 + 3)
+    blocks = torch.rand(1, 2, grid.num_blocks, grid.num_blocks, device="cuda") < 0.7
+    query, key, value = (torch.randn(1, 2, grid.num_tokens, head_dim, device="cuda", dtype=dtype) for _ in range(3))
+    _check(Case(query, key, value, BlockMask(blocks, grid), None, None, None))
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-3])
+def test_any_scale(scale: float) -> None:
+    case = _case(5)
+    case.scale = scale
+    _check(case)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_gradients_come_from_the_saved_log_sum(head_dim: int) -> None:
+    torch.manual_seed(1)
+    grid = TokenGrid(20, 20, prefix=1)
+    mask = BlockMask(torch.rand(1, 3, grid.num_blocks, grid.num_blocks, device="cuda") < 0.5, grid)
+    inputs = [torch.randn(2, 3, grid.num_tokens, head_dim, device="cuda", dtype=torch.float16) for _ in range(4)]
+    grads = {}
+    for backend, dtype in (("cuda", torch.float16), ("reference", torch.float64)):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs[:3]]
+        block_sparse_attention(*leaves, mask, backend=backend).backward(inputs[3].to(dtype))
+        grads[backend] = [leaf.grad.double() for leaf in leaves]
+    for ours, expected in zip(grads["cuda"], grads["reference"]):
+        assert (ours - expected).norm() <= 5e-3 * expected.norm()
+
+
+def _simple(grid: TokenGrid, heads: int = 2, head_dim: int = 64) -> tuple[list[Tensor], BlockMask]:
+    tensors = [torch.randn(1, heads, grid.num_tokens, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    blocks = torch.rand(1, heads, grid.num_blocks, grid.num_blocks, device="cuda") < 0.5
+    return tensors, BlockMask(blocks, grid)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_cuda_graph(head_dim: int) -> None:
+    grid = TokenGrid(32, 32)
+    tensors, mask = _simple(grid, head_dim=head_dim)
+    expected = block_sparse_attention(*tensors, mask, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = block_sparse_attention(*tensors, mask, backend="cuda")
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_compiles_once_for_masks_of_one_geometry() -> None:
+    grid = TokenGrid(32, 32)
+    tensors, first = _simple(grid)
+    _, second = _simple(grid)
+    compiled_count = 0
+
+    def count(graph, example_inputs):
+        nonlocal compiled_count
+        compiled_count += 1
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+        return block_sparse_attention(query, key, value, mask, backend="cuda")
+
+    for mask in (first, second):
+        expected = block_sparse_attention(*tensors, mask, backend="cuda")
+        assert torch.equal(attend(*tensors, mask), expected)
+    assert compiled_count == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_two_streams_and_threads(head_dim: int) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    grid = TokenGrid(40, 40, prefix=1)
+    work = [_simple(grid, heads=8, head_dim=head_dim) for _ in range(2)]
+    expected = [block_sparse_attention(*tensors, mask, backend="cuda") for tensors, mask in work]
+    torch.cuda.synchronize()
+
+    def repeat(index: int) -> bool:
+        tensors, mask = work[index]
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            outs = [block_sparse_attention(*tensors, mask, backend="cuda") for _ in range(20)]
+        stream.synchronize()
+        return all(torch.equal(out, expected[index]) for out in outs)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(repeat, range(2)))
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    grid = TokenGrid(64, 64)
+    batch, heads = 704, 12
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free device memory")
+    qkv = torch.randn(batch, grid.num_tokens, 3, 1, 64, device="cuda", dtype=torch.bfloat16)
+    qkv = qkv.expand(-1, -1, -1, heads, -1).contiguous()
+    assert qkv.numel() > 2**31
+    query, key, value = (qkv[:, :, index].transpose(1, 2) for index in range(3))
+    mask = BlockMask.dense(grid, device="cuda")
+    out = block_sparse_attention(query, key, value, mask, backend="cuda")
+    last = [tensor[-1:] for tensor in (query, key, value)]
+    assert torch.equal(out[-1:], block_sparse_attention(*last, mask, backend="cuda"))
+    assert torch.equal(out[-1, 0], out[-1, heads - 1])
+
+
+def test_refuses_with_a_reason() -> None:
+    grid = TokenGrid(16, 16, tile=(16, 16))
+    tensors, mask = _simple(grid)
+    with pytest.raises(ValueError, match="blocks must be tiles of 128"):
+        block_sparse_attention(*tensors, mask, backend="cuda")
+    tensors, mask = _simple(TokenGrid(16, 16), head_dim=136)
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 8 up to 128"):
+        block_sparse_attention(*tensors, mask, backend="cuda")
