@@ -3,8 +3,8 @@
     python benchmarks/make_tables.py            # rewrites the tables
     python benchmarks/make_tables.py --check    # only says which files are stale, and exits with 1 if any is
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is that of the script that wrote the
-record, ``results/NAME-<device>.json``. There is one table for each device that has a record.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is that of a table below, or of the
+script that wrote the record, ``results/NAME-<device>.json``. There is one table for each device that has a record.
 """
 
 from __future__ import annotations
@@ -12,19 +12,33 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import attention
+import attention_summary
 import cpu_attention
-from records import RESULTS, Column, caption, read, table
+from records import RESULTS, Column, Row, caption, read, table
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-# A record whose script is not named here becomes a table of all its keys.
-COLUMNS: dict[str, Sequence[Column]] = {
-    "attention": attention.COLUMNS,
-    "cpu_attention": cpu_attention.COLUMNS,
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is made of a script's records: which columns, of which rows."""
+
+    script: str
+    columns: Sequence[Column] | None = None
+    select: Callable[[list[Row]], list[Row]] = list
+
+
+# A name that is not here is that of a script, and becomes a table of all the keys in its records.
+TABLES = {
+    "attention": Table("attention", attention.COLUMNS),
+    "attention_summary": Table("attention", attention_summary.COLUMNS, attention_summary.summarize),
+    "cpu_attention": Table("cpu_attention", cpu_attention.COLUMNS),
 }
 
 _START = re.compile(r"<!-- table: (?P<name>\S+) -->\n")
@@ -70,13 +84,14 @@ def fill(text: str, results: Path = RESULTS) -> str:
 
 def tables(name: str, results: Path = RESULTS) -> str:
     """The tables of a script, one for each device that has a record, each with what it was measured on."""
-    paths = sorted(results.glob(f"{name}-*.json"))
+    made_of = TABLES.get(name, Table(name))
+    paths = sorted(results.glob(f"{made_of.script}-*.json"))
     if not paths:
         return "*Not measured yet.*"
     sections = []
     for path in paths:
         meta, rows = read(path)
-        sections.append(f"{table(rows, COLUMNS.get(name))}\n\n*{caption(meta)}*")
+        sections.append(f"{table(made_of.select(rows), made_of.columns)}\n\n*{caption(meta)}*")
     return "\n\n".join(sections)
 
 

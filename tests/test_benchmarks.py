@@ -183,3 +183,20 @@ def test_a_marker_without_an_end():
 def test_the_tables_of_this_repository_are_up_to_date():
     code, printed = run_make_tables("--check")
     assert code == 0, printed
+
+
+def test_the_summary_holds_ours_against_the_fastest_other():
+    import attention_summary
+
+    case = {"B": 1, "H": 2, "N": 4096, "D": 64, "density": 0.25, "relative_position": False, "fwd_tflops": 1.0}
+    rows = [
+        {**case, "pattern": "random", "implementation": "fa4", "fwd_ms": 0.3},
+        {**case, "pattern": "random", "implementation": "ours", "fwd_ms": 0.2},
+        {**case, "pattern": "random", "implementation": "flex", "fwd_ms": 0.25},
+        {**case, "pattern": "dense", "implementation": "ours", "fwd_ms": 0.1},  # nobody to be held against
+        {**case, "pattern": "local", "implementation": "ours", "fwd_ms": 0.1},
+        {**case, "pattern": "local", "implementation": "fa4", "fwd_ms": 0.2},
+    ]
+    (row,) = attention_summary.summarize(rows)
+    assert (row["fastest_other"], row["fwd_ms"], row["other_ms"]) == ("FlexAttention", 0.2, 0.25)
+    assert row["speedup"] == pytest.approx(1.25)
