@@ -29,6 +29,9 @@ class BlockMask:
 
     def __init__(self, blocks: Tensor, query_grid: TokenGrid, key_grid: TokenGrid | None = None) -> None:
         key_grid = query_grid if key_grid is None else key_grid
+        for name, grid in (("query_grid", query_grid), ("key_grid", key_grid)):
+            if not isinstance(grid, TokenGrid):
+                raise TypeError(f"BlockMask: {name} must be a TokenGrid, got {type(grid).__name__}")
         if not isinstance(blocks, Tensor) or blocks.dtype != torch.bool:
             got = blocks.dtype if isinstance(blocks, Tensor) else type(blocks).__name__
             raise TypeError(f"BlockMask: blocks must be a boolean tensor, got {got}")
@@ -38,6 +41,10 @@ class BlockMask:
                 f"BlockMask: blocks must have shape [B | 1, H | 1, {expected[0]}, {expected[1]}] for query grid "
                 f"{query_grid} and key grid {key_grid}, got {list(blocks.shape)}"
             )
+        if not torch.compiler.is_compiling() and blocks.is_inference():
+            # Autograd could not save it in a later training step.
+            with torch.inference_mode(False):
+                blocks = blocks.clone()
         self.blocks = blocks.reshape((1,) * (4 - blocks.dim()) + tuple(blocks.shape))
         self.query_grid = query_grid
         self.key_grid = key_grid

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .shared_tensors import building_shared_tensors
+
 DEFAULT_TILE = (8, 16)
 SEQUENCE_TILE = (1, 128)
 
@@ -59,9 +61,9 @@ class TokenGrid:
     num_blocks: int = _derived()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tile, (tuple, list)) or len(self.tile) != 2:
+            raise ValueError(f"TokenGrid: tile must have two entries (height, width), got {self.tile!r}")
         object.__setattr__(self, "tile", tuple(self.tile))
-        if len(self.tile) != 2:
-            raise ValueError(f"TokenGrid: tile must have two entries (height, width), got {self.tile}")
         for name, value, least in (
             ("height", self.height, 1),
             ("width", self.width, 1),
@@ -140,14 +142,11 @@ class TokenGrid:
 
 
 def _cached_per_device(build: Callable[[TokenGrid], tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Builds index tensors once per grid on the CPU and once per device.
-
-    Inference mode is left, so that a tensor first needed there also serves a later training step.
-    """
+    """Builds index tensors once per grid on the CPU and once per device."""
 
     @lru_cache(maxsize=256)
     def on_device(grid: TokenGrid, device: torch.device) -> tuple[Tensor, ...]:
-        with torch.inference_mode(False):
+        with building_shared_tensors():
             if device.type == "cpu":
                 return build(grid)
             return tuple(tensor.to(device) for tensor in on_device(grid, torch.device("cpu")))

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from sparse_attn_modules import BlockMask, LocalWindow, Random, TokenGrid
+from sparse_attn_modules import BlockMask, LocalWindow, Random, TokenGrid, block_sparse_attention
 
 QUERIES = TokenGrid(5, 9, prefix=3, suffix=2, tile=(2, 4))
 KEYS = TokenGrid(7, 4, suffix=9, tile=(3, 2))
@@ -144,3 +144,14 @@ def test_construction_at_64_by_64_with_16_heads_is_quick(make):
         _ = mask.key_indices, mask.query_indices, mask.row_order
         times.append(time.perf_counter() - start)
     assert sorted(times)[len(times) // 2] < 0.01
+
+
+def test_masks_made_in_inference_mode_serve_training():
+    with torch.inference_mode():
+        made = random_mask()
+        masks = [made, made | made, BlockMask.from_token_mask(made.token_mask(), QUERIES, KEYS)]
+    query = torch.randn(2, 3, QUERIES.num_tokens, 4, requires_grad=True)
+    key = torch.randn(2, 3, KEYS.num_tokens, 4)
+    for mask in masks:
+        block_sparse_attention(query, key, key, mask).sum().backward()
+    assert query.grad.isfinite().all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
+from ..shared_tensors import building_shared_tensors
 from ..token_grid import TokenGrid
 
 
@@ -29,6 +30,8 @@ class Pattern:
     def blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
         """Bool ``[H | 1, query blocks, key blocks]`` on the CPU."""
         image = self.image_blocks(query_grid, key_grid, num_heads)
+        if not isinstance(image, Tensor):
+            raise TypeError(f"{type(self).__name__}: image blocks must be a tensor, got {type(image).__name__}")
         expected = [query_grid.num_tiles, key_grid.num_tiles]
         if image.dtype != torch.bool or image.dim() != 3 or list(image.shape[1:]) != expected:
             raise ValueError(
@@ -52,6 +55,18 @@ class Pattern:
         Raises:
             ValueError: if the pattern does not fit the geometry or the number of heads.
         """
+        for name, grid in (("query_grid", query_grid), ("key_grid", key_grid)):
+            if not (isinstance(grid, TokenGrid) or (name == "key_grid" and grid is None)):
+                raise TypeError(f"{type(self).__name__}.mask: {name} must be a TokenGrid, got {type(grid).__name__}")
+        if num_heads < 1:
+            raise ValueError(f"{type(self).__name__}.mask: num_heads must be at least 1, got {num_heads}")
+        # Equality, and with it the cache, looks at the dataclass fields alone.
+        hidden = set(vars(self)) - {field.name for field in fields(self)}
+        if hidden:
+            raise TypeError(
+                f"{type(self).__name__}: a pattern must be a frozen dataclass with all its state in fields, "
+                f"got other attributes: {sorted(hidden)}"
+            )
         resolved = torch.device("cpu" if device is None else device)
         if resolved.type != "cpu" and resolved.index is None:
             resolved = torch.empty(0, device=resolved).device
@@ -70,11 +85,12 @@ class Pattern:
 def _cached_mask(
     pattern: Pattern, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int, device: torch.device
 ) -> BlockMask:
-    if device.type != "cpu":
-        return _cached_mask(pattern, query_grid, key_grid, num_heads, torch.device("cpu")).to(device)
-    # Left so that a mask first needed in inference mode also serves a later training step.
-    with torch.inference_mode(False):
+    with building_shared_tensors():
+        if device.type != "cpu":
+            return _cached_mask(pattern, query_grid, key_grid, num_heads, torch.device("cpu")).to(device)
         blocks = pattern.blocks(query_grid, key_grid, num_heads)
+        if not isinstance(blocks, Tensor):
+            raise TypeError(f"{type(pattern).__name__}: blocks must be a tensor, got {type(blocks).__name__}")
         if blocks.dim() != 3 or blocks.shape[0] not in (1, num_heads):
             raise ValueError(
                 f"{type(pattern).__name__}: blocks must have shape [{num_heads} | 1, {query_grid.num_blocks}, "
@@ -121,6 +137,10 @@ class CustomPattern(Pattern):
     """
 
     function: Callable[[TokenGrid, TokenGrid, int], Tensor]
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"CustomPattern: function must be callable, got {type(self.function).__name__}")
 
     def image_blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
         return self.function(query_grid, key_grid, num_heads)
