@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from sparse_attn_modules import (
     Butterfly,
@@ -15,6 +16,7 @@ from sparse_attn_modules import (
     ImageToPrompt,
     LocalWindow,
     MultiScale,
+    Pattern,
     Random,
     RegionFocused,
     Streaming,
@@ -43,8 +45,9 @@ GRIDS = [
     TokenGrid(256, 40, suffix=200),
     TokenGrid(1, 4000, suffix=3, tile=(1, 128)),
 ]
-# Blocks a row cannot do without: its own tile, and what everything sees.
-ALWAYS_ON = {"GlobalLocal": 2}
+# Blocks a row cannot do without, besides its own tile and extra tokens; and rows that see everything.
+SEEN_BY_ALL = {"GlobalLocal": 2, "Streaming": 2}
+SEES_ALL = {"GlobalLocal": 2}
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -54,8 +57,8 @@ def test_density_is_reached_within_one_block_per_row(name, grid, density):
     pattern = WITH_DENSITY[name](density)
     mask = pattern.mask(grid, 4)
     extra = grid.num_blocks - grid.num_tiles
-    dense_rows = extra + ALWAYS_ON.get(name, 0)
-    least_row = extra + ALWAYS_ON.get(name, 0) + 1
+    dense_rows = extra + SEES_ALL.get(name, 0)
+    least_row = extra + SEEN_BY_ALL.get(name, 0) + 1
     least = (dense_rows + (grid.num_blocks - dense_rows) * least_row / grid.num_blocks) / grid.num_blocks
     assert abs(mask.density - max(density, least)) * grid.num_blocks <= 1
     assert pattern.density_on(grid, 4) == mask.density
@@ -108,6 +111,17 @@ def test_global_tiles_see_and_are_seen():
     blocks = GlobalLocal(0.3, global_tiles=3).mask(grid, 1).blocks[0, 0]
     assert blocks.all(-1).sum() == 3
     assert blocks.all(-1).equal(blocks.all(-2))
+
+
+def test_global_tiles_and_sinks_stay_at_low_densities():
+    grid = TokenGrid(64, 64)
+    for global_tiles in (1, 4, 8):
+        blocks = GlobalLocal(0.05, global_tiles).mask(grid, 1).blocks[0, 0]
+        assert blocks.all(0).sum() == blocks.all(1).sum() == global_tiles
+        assert blocks.diagonal().all()
+    blocks = Streaming(density=0.03, sink=2).mask(grid, 1).blocks[0, 0]
+    assert blocks[:, :2].all()
+    assert blocks.diagonal().all()
 
 
 def test_strided_by_stride():
@@ -215,6 +229,43 @@ def test_custom_pattern_by_function_and_by_class():
         wrong.mask(grid, 2)
 
 
+class Careless(Pattern):
+    """Not a dataclass of its own, so that its instances would all be equal."""
+
+    def __init__(self, stride):
+        self.stride = stride
+
+    def image_blocks(self, query_grid, key_grid, num_heads):
+        tiles = torch.arange(query_grid.num_tiles)
+        return ((tiles[:, None] - tiles) % self.stride == 0)[None]
+
+
+def test_state_outside_of_fields_is_refused():
+    with pytest.raises(TypeError, match="Careless: a pattern must be a frozen dataclass with all its state in fields"):
+        Careless(2).mask(TokenGrid(64, 64), 1)
+
+
+def test_the_first_caller_leaves_no_modes_behind():
+    with torch.device("meta"):
+        assert LocalWindow(density=0.31).mask(TokenGrid(24, 40), 2).device.type == "cpu"
+    assert TokenGrid(24, 40).block_of_token().device.type == "cpu"
+    with FakeTensorMode():
+        mask = LocalWindow(density=0.32).mask(TokenGrid(24, 41), 2)
+    assert not isinstance(mask.blocks, FakeTensor)
+    with torch.inference_mode():
+        for device in ("cpu", "meta"):
+            mask = LocalWindow(density=0.33).mask(TokenGrid(24, 42), 2, device=device)
+            assert not mask.blocks.is_inference()
+            assert not mask.row_order.is_inference()
+    previous = torch.get_default_dtype()
+    expected = Random(0.3, seed=11).mask(TokenGrid(64, 64), 2).blocks
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert Random(0.3, seed=11).blocks(TokenGrid(64, 64), TokenGrid(64, 64), 2).equal(expected[0])
+    finally:
+        torch.set_default_dtype(previous)
+
+
 def test_masks_are_built_once_and_shared():
     grid = TokenGrid(64, 64)
     assert LocalWindow(density=0.25).mask(grid, 4) is LocalWindow(density=0.25).mask(TokenGrid(64, 64), 4)
@@ -260,7 +311,9 @@ def test_bad_densities_are_refused(name, density):
         (lambda: RegionFocused(((2, 0),), 0.1), "points must be .* fractions of the image"),
         (lambda: GlobalLocal(0.1, -1), "GlobalLocal: global_tiles must be an integer ≥ 0, got -1"),
         (lambda: Streaming(local=0), "Streaming: local must be an integer ≥ 1, got 0"),
-        (lambda: Random(0.1, seed=0.5), "Random: seed must be an integer, got 0.5"),
+        (lambda: Random(0.1, seed=0.5), r"Random: seed must be an integer in \[0, 2⁶³\), got 0.5"),
+        (lambda: Random(0.1, seed=2**70), "Random: seed must be an integer"),
+        (lambda: RegionFocused((0.1, 0.2), 0.1), r"RegionFocused: points must be \(y, x\) pairs"),
         (lambda: Union(()), "Union: patterns must not be empty"),
         (lambda: Hybrid(Dense(), Dense(), heads=-1), "Hybrid: heads must be an integer ≥ 0, got -1"),
     ],

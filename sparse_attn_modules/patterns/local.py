@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..token_grid import TokenGrid
 from .base import Pattern, check_count, check_density, check_one_of
-from .scoring import gap_between_tiles, lowest, nearest_tile, patch_distance, tiles_for_density
+from .scoring import gap_between_tiles, lowest, nearest_tile, patch_distance, tiles_for_density, with_own_tile
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ class Streaming(Pattern):
             return blocks[None]
         assert self.density is not None
         count = tiles_for_density(self.density, query_grid, key_grid)
-        # The nearest tile stays even where the sinks alone would use up the density.
         cost[:, :sinks] = -1
-        cost = cost.scatter(-1, nearest_tile(query_grid, key_grid)[:, None], -2)
-        return lowest(cost, count)[None]
+        blocks = lowest(with_own_tile(cost, query_grid, key_grid), count)
+        # Sinks stay even where the density would not hold them all.
+        blocks[:, :sinks] = True
+        return blocks[None]

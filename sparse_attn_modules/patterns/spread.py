@@ -35,7 +35,9 @@ class GlobalLocal(Pattern):
         count = tiles_for_density(self.density, query_grid, key_grid, dense_tiles=len(global_queries))
         cost = patch_distance(query_grid, key_grid)
         cost[:, global_keys] = -1
-        blocks = lowest(with_own_tile(cost, query_grid, key_grid), max(count, len(global_keys)))
+        blocks = lowest(with_own_tile(cost, query_grid, key_grid), count)
+        # They stay even where the density would not hold them all.
+        blocks[:, global_keys] = True
         blocks[global_queries] = True
         return blocks[None]
 
@@ -85,12 +87,13 @@ class Random(Pattern):
 
     def __post_init__(self) -> None:
         check_density(self, self.density)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"Random: seed must be an integer, got {self.seed!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"Random: seed must be an integer in [0, 2⁶³), got {self.seed!r}")
 
     def image_blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        cost = torch.rand(num_heads, query_grid.num_tiles, key_grid.num_tiles, generator=generator)
+        shape = num_heads, query_grid.num_tiles, key_grid.num_tiles
+        cost = torch.rand(shape, generator=generator, dtype=torch.float32)
         count = tiles_for_density(self.density, query_grid, key_grid)
         return lowest(with_own_tile(cost, query_grid, key_grid), count)
 
@@ -109,9 +112,11 @@ class RegionFocused(Pattern):
 
     def __post_init__(self) -> None:
         check_density(self, self.density)
-        object.__setattr__(self, "points", tuple(tuple(point) for point in self.points))
         if not self.points:
             raise ValueError("RegionFocused: points must not be empty")
+        if not all(isinstance(point, (tuple, list)) for point in self.points):
+            raise ValueError(f"RegionFocused: points must be (y, x) pairs, got {self.points}")
+        object.__setattr__(self, "points", tuple(tuple(point) for point in self.points))
         for point in self.points:
             if len(point) != 2 or not all(0 <= coordinate <= 1 for coordinate in point):
                 raise ValueError(f"RegionFocused: points must be (y, x) fractions of the image in [0, 1], got {point}")
