@@ -72,7 +72,7 @@ def block_sparse_attention(
         relative_position: ``(rel_h, rel_w)`` of shapes ``[B, Hq, Nq, key height]`` and ``[B, Hq, Nq, key width]``: the
             decomposed bias of Segment Anything and MViTv2. ``rel_h[q, y] + rel_w[q, x]`` is added to the scaled logit
             of the patch in row ``y`` and column ``x``; extra tokens among the keys get none.
-        key_padding_mask: bool ``[B, Nk]``, true for keys that must be ignored.
+        key_padding_mask: bool ``[B, Nk]``, true for keys that must be ignored. They must be finite all the same.
         dropout_p: probability of dropping an attention weight.
         backend: ``"cuda"``, ``"flex"``, ``"gathered"``, ``"reference"``, or None for the best that can run.
         return_lse: also return the log-sum-exp of each query's logits.
@@ -90,12 +90,12 @@ def block_sparse_attention(
     _check_mask(query, key, mask)
     rel_h, rel_w = _check_relative_position(relative_position, query, mask)
     _check_key_padding_mask(key_padding_mask, key)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"{_OP}: dropout_p must lie in [0, 1], got {dropout_p}")
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"{_OP}: dropout_p must be a number in [0, 1], got {dropout_p!r}")
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"{_OP}: scale must be finite, got {scale}")
+    elif not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
+        raise ValueError(f"{_OP}: scale must be a finite number, got {scale!r}")
 
     differentiable = (query, key, value) if rel_h is None or rel_w is None else (query, key, value, rel_h, rel_w)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
@@ -108,7 +108,6 @@ def block_sparse_attention(
         relative_position=rel_h is not None,
         key_padding_mask=key_padding_mask is not None,
         dropout=dropout_p > 0,
-        needs_grad=needs_grad,
         is_dense=mask.is_dense,
     )
     backend = select_backend(request, backend)
@@ -128,7 +127,7 @@ def block_sparse_attention(
         rel_h,
         rel_w,
         key_padding_mask,
-        torch.randint(2**62, (1,), device=query.device) if dropout_p > 0 else None,
+        torch.randint(2**62, (1,), device="cpu") if dropout_p > 0 else None,
         mask.query_grid,
         mask.key_grid,
         float(scale),
@@ -149,7 +148,7 @@ def _autocast(
     if not isinstance(query, Tensor):
         return query, key, value, relative_position
     device_type = query.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return query, key, value, relative_position
     dtype = torch.get_autocast_dtype(device_type)
 

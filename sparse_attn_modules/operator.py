@@ -76,7 +76,7 @@ def _inputs(arguments: tuple[Any, ...]) -> tuple[AttentionInputs, str]:
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Backends choose the precision of every step; autocast must not reach into them."""
     device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

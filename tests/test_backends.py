@@ -105,6 +105,22 @@ def test_flex_says_the_same_uncompiled(seed, oracle, drawn_case):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)
 
 
+def test_nothing_of_skipped_tokens_reaches_ragged_rows():
+    grid = TokenGrid(1, 11, tile=(1, 4))
+    blocks = torch.tensor([[0, 1, 1], [0, 1, 0], [1, 1, 0]], dtype=torch.bool)
+    query, key, value = torch.randn(3, 1, 1, 11, 4).unbind(0)
+    key[..., 0, :] = value[..., 0, :] = torch.nan
+    inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    out = block_sparse_attention(*inputs, BlockMask(blocks, grid), backend="gathered")
+    assert out[0, 0, :8].isfinite().all()
+    assert out[0, 0, 8:].isnan().all()
+    out[0, 0, :8].sum().backward()
+    assert inputs[0].grad[0, 0, :8].isfinite().all()
+    with torch.no_grad():
+        out = block_sparse_attention(query, key, value, BlockMask(blocks, grid), backend="gathered")
+    assert out[0, 0, :8].isfinite().all()
+
+
 def test_gathered_reads_only_active_blocks():
     grid = TokenGrid(32, 32)
     mask = LocalWindow(density=0.25).mask(grid, 2)

@@ -34,6 +34,12 @@ def test_last_dimension_of_size_one_needs_no_unit_stride():
     assert call(query, query, query).shape == (2, 4, N, 1)
 
 
+def test_meta_tensors_give_shapes():
+    query = tensors(device="meta")
+    out, lse = call(query, query, query, mask=MASK.to("meta"), backend="reference", return_lse=True)
+    assert (out.shape, lse.shape, out.device.type) == ((2, 4, N, 8), (2, 4, N), "meta")
+
+
 def test_empty_batch():
     assert call(*(tensors(batch=0) for _ in range(3))).shape == (0, 4, N, 8)
 
@@ -98,9 +104,9 @@ BAD_CALLS = [
         "mask must have a batch size of 1 or 2, got 3",
     ),
     ({"mask": MASK.to("meta")}, ValueError, "mask must be on the device of query, cpu, got meta"),
-    ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
-    ({"dropout_p": 1.5}, ValueError, "dropout_p must lie in [0, 1], got 1.5"),
-    ({"dropout_p": float("nan")}, ValueError, "dropout_p must lie in [0, 1], got nan"),
+    ({"scale": float("nan")}, ValueError, "scale must be a finite number, got nan"),
+    ({"dropout_p": 1.5}, ValueError, "dropout_p must be a number in [0, 1], got 1.5"),
+    ({"dropout_p": float("nan")}, ValueError, "dropout_p must be a number in [0, 1], got nan"),
     ({"relative_position": torch.zeros(2)}, TypeError, "relative_position must be a pair (rel_h, rel_w)"),
     (
         {"relative_position": (torch.zeros(2, 4, N, 9), torch.zeros(2, 4, N, 9))},
@@ -119,6 +125,9 @@ BAD_CALLS = [
         ValueError,
         "key_padding_mask must have shape [2, 100] on cpu, got [2, 101]",
     ),
+    ({"scale": "a"}, ValueError, "scale must be a finite number, got 'a'"),
+    ({"dropout_p": "a"}, ValueError, "dropout_p must be a number in [0, 1], got 'a'"),
+    ({"backend": ["gathered"]}, ValueError, "backend must be one of"),
     ({"backend": "fast"}, ValueError, "backend must be one of ['cuda', 'flex', 'gathered', 'reference'] or None"),
     ({"backend": "cuda"}, ValueError, "backend 'cuda' cannot run: it needs CUDA tensors, got cpu"),
 ]

@@ -125,6 +125,18 @@ def test_another_mask_of_the_same_geometry_does_not_recompile():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_scales_and_sizes_may_change_under_compile(dynamic):
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    def attend(query, key, value, scale):
+        return block_sparse_attention(query, key, value, MASK, scale=scale)
+
+    for batch, scale in ((1, 0.5), (2, 0.25), (3, 0.7)):
+        query, key, value = inputs(torch.float32, batch=batch)
+        expected = block_sparse_attention(query, key, value, MASK, scale=scale)
+        torch.testing.assert_close(attend(query, key, value, scale), expected)
+
+
 class Layer(SparseAttention):
     """Attention of an image [B, H, W, C] to itself, with two heads."""
 
@@ -134,10 +146,12 @@ class Layer(SparseAttention):
         return self.attend(tokens, tokens, tokens, TokenGrid(height, width, tile=(2, 4)))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("pattern", [Dense(), LocalWindow(density=0.5), Random(0.5)])
-def test_a_module_compiles_over_changing_grids(pattern):
+def test_a_module_compiles_over_changing_grids(pattern, dynamic):
+    torch.compiler.reset()
     layer = Layer(pattern)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for height, width in ((5, 7), (6, 6), (5, 7), (9, 4)):
         image = torch.randn(2, height, width, 8)
         # Compiled first, so that no mask has been made for this grid outside of it.

@@ -19,7 +19,7 @@ def select_backend(request: Request, name: str | None = None) -> str:
         ValueError: if ``name`` is unknown, cannot run the request, or nothing can; with every reason.
     """
     if name is not None:
-        if name not in BACKENDS:
+        if not isinstance(name, str) or name not in BACKENDS:
             raise ValueError(f"block_sparse_attention: backend must be one of {list(BACKENDS)} or None, got {name!r}")
         reason = BACKENDS[name].why_not(request)
         if reason is not None:

@@ -31,7 +31,7 @@ def sums_over_keys(grad_logits: Tensor, grid: TokenGrid, chunk: RowChunk) -> tup
         return image.sum(-1), image.sum(-2)
     slots = grad_logits
     if chunk.key_slots is not None:
-        # Absent keys share slot 0 with a present one, and add nothing: their gradient is zero.
+        # Absent keys share the slot of a present one, and add nothing: their gradient is zero.
         shape = (*grad_logits.shape[:-1], chunk.key_blocks.shape[1] * grid.block_size)
         index = chunk.key_slots[None, :, None].expand(grad_logits.shape)
         slots = grad_logits.new_zeros(shape).scatter_add_(-1, index, grad_logits)

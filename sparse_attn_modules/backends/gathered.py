@@ -96,7 +96,7 @@ def backward(
             chunk_grad_out = unit.workspace.gather("grad_out", unit_grad_out, chunk.query_tokens).to(statistics)
             chunk_lse = _gather_rows(unit.take(lse)[..., None], chunk)
             if chunk.query_exists is not None:
-                # Absent queries repeat token 0: without weights they give nothing to the keys.
+                # Absent queries repeat the first: without weights they give nothing to the keys.
                 chunk_lse = chunk_lse.masked_fill(~chunk.query_exists[..., None], torch.inf)
             # Without any key lse is −inf; measured against 0 such a query's weights are 0, not NaN.
             chunk_lse = chunk_lse.masked_fill(chunk_lse == -torch.inf, 0)
@@ -257,7 +257,7 @@ def _add_to_keys(target: Tensor, chunk: RowChunk, rows: Tensor) -> None:
     if chunk.key_tokens is None:
         target.add_(rows[:, 0])
     else:
-        # Absent keys repeat token 0 and carry zeros.
+        # Absent keys repeat the first and carry zeros.
         target.index_add_(1, chunk.key_tokens.flatten(), rows.flatten(1, 2))
 
 

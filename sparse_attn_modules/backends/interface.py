@@ -75,7 +75,6 @@ class Request:
     relative_position: bool = False
     key_padding_mask: bool = False
     dropout: bool = False
-    needs_grad: bool = False
     is_dense: bool = False
 
 

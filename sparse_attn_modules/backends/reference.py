@@ -1,4 +1,7 @@
-"""The specification of block-sparse attention: every token pair is written out and the inactive ones are masked."""
+"""The specification of block-sparse attention: every token pair is written out and the inactive ones are masked.
+
+Products run over masked pairs too, so all inputs must be finite.
+"""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ _MAX_PADDING = 0.125
 class RowChunk:
     """Some rows of query tokens and the keys they attend to: R rows of M queries and L keys."""
 
-    query_tokens: Tensor  # int64 [R, M]; absent queries repeat token 0
+    query_tokens: Tensor  # int64 [R, M]; absent queries repeat the first
     query_exists: Tensor | None  # bool [R, M], or None if all do
-    key_tokens: Tensor | None  # int64 [R, L]; absent keys repeat token 0. None: all keys in token order, R = 1
+    key_tokens: Tensor | None  # int64 [R, L]; absent keys repeat the first. None: all keys in token order, R = 1
     key_exists: Tensor | None  # bool [R, L], or None if all do
     key_blocks: Tensor | None = None  # int64 [R, K'], the blocks that the keys are from; None with key_tokens
     key_slots: Tensor | None = None  # int64 [R, L], place of each key among the slots of its blocks; None if all
@@ -53,7 +53,7 @@ def sparse_chunks(inputs: AttentionInputs, mask_batch: int, mask_head: int, slot
         query_exists = query_tokens >= 0
         chunks.append(
             RowChunk(
-                query_tokens.clamp(min=0).to(device),
+                torch.where(query_exists, query_tokens, query_tokens[:, :1]).to(device),
                 None if query_exists.all() else query_exists.to(device),
                 key_tokens.to(device),
                 None if key_exists is None else key_exists.to(device),
@@ -94,4 +94,5 @@ def _pack_left(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None, 
     if rows_are_even:
         return packed, None, slots
     present = exists.gather(1, slots)
-    return packed.clamp(min=0), present, slots.masked_fill(~present, 0)
+    # Repeating a key that the row does attend to keeps what lies in skipped ones, NaN say, out of the products.
+    return torch.where(present, packed, packed[:, :1]), present, torch.where(present, slots, slots[:, :1])
