@@ -79,15 +79,13 @@ def backward(
         None if rel is None else torch.zeros_like(rel, memory_format=torch.contiguous_format)
         for rel in (inputs.rel_h, inputs.rel_w)
     ]
-    # What every logit's gradient of a query loses: delta of FlashAttention-2 (arXiv:2307.08691), less that of lse.
-    delta = (grad_out.to(statistics) * out.to(statistics)).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta = delta - grad_lse[..., None]
-
+    # What every logit's gradient of a query loses: delta of FlashAttention-2 (arXiv:2307.08691). An output that was
+    # rounded to a lower precision would spoil it, so then it is summed from the weights instead.
+    delta = (grad_out * out).sum(-1, keepdim=True) if out.dtype == statistics else None
     for unit in _units(inputs):
         # Contiguous, as adding to scattered rows of a strided tensor takes several times as long.
         unit_grad_key, unit_grad_value = (
-            unit.workspace.take(name, tuple(unit.key.shape), delta).zero_() for name in ("grad_key", "grad_value")
+            unit.workspace.take(name, tuple(unit.key.shape), lse).zero_() for name in ("grad_key", "grad_value")
         )
         unit_grad_out = unit.workspace.copy("head_grad_out", unit.take(grad_out))
         for number, chunk in enumerate(unit.chunks):
@@ -108,7 +106,13 @@ def backward(
                 grad_weights.mul_(factors)
                 dropped = weights * factors
             _add_to_keys(unit_grad_value, chunk, unit.workspace.matmul("grad_kv", dropped.mT, chunk_grad_out))
-            grad_logits = grad_weights.sub_(_gather_rows(unit.take(delta), chunk)).mul_(weights)
+            if delta is None:
+                chunk_delta = (weights * grad_weights).sum(-1, keepdim=True)
+            else:
+                chunk_delta = _gather_rows(unit.take(delta), chunk)
+            if grad_lse is not None:
+                chunk_delta = chunk_delta - _gather_rows(unit.take(grad_lse)[..., None], chunk)
+            grad_logits = grad_weights.sub_(chunk_delta).mul_(weights)
             chunk_grad_query = unit.workspace.matmul("result", grad_logits, key).mul_(inputs.scale)
             _scatter_rows(unit.take(grad_query), chunk, chunk_grad_query)
             _add_to_keys(unit_grad_key, chunk, unit.workspace.matmul("grad_kv", grad_logits.mT, query))
