@@ -56,9 +56,11 @@ def attention_slots(model: nn.Module) -> list[Slot]:
     Besides the layers that an adapter knows, these are modules whose class is called an attention and that contain no
     other such layer. Their names serve to tell the reader what was seen; nothing is replaced by name.
     """
-    slots = _slots_below(model, "", (), {}, set())
+    visits = _slots_below(model, "", (), {})
     sources: dict[int, set[GridSource | None]] = {}
-    for slot in slots:
+    slots: dict[tuple[int, str], Slot] = {}
+    for slot in visits:
+        slots.setdefault((id(slot.parent), slot.key), slot)
         if isinstance(slot.verdict, Replaceable):
             sources.setdefault(id(slot.original), set()).add(slot.verdict.source)
     reason = "it is shared by models with grids of their own"
@@ -66,7 +68,7 @@ def attention_slots(model: nn.Module) -> list[Slot]:
         replace(slot, verdict=LeftAlone(slot.verdict.kind, reason))
         if len(sources.get(id(slot.original), ())) > 1
         else slot
-        for slot in slots
+        for slot in slots.values()
     ]
 
 
@@ -84,11 +86,11 @@ def inspect(site: Site) -> Replaceable | LeftAlone | None:
 
 
 def _slots_below(
-    parent: nn.Module, path: str, ancestors: tuple[nn.Module, ...], sources: dict[int, GridSource], seen: set[int]
+    parent: nn.Module, path: str, ancestors: tuple[nn.Module, ...], sources: dict[int, GridSource]
 ) -> list[Slot]:
-    if id(parent) in seen:
+    """Every visit to a slot: of a shared part of the model once per way to it, for each may have a grid of its own."""
+    if any(parent is ancestor for ancestor in ancestors):
         return []
-    seen.add(id(parent))
     ancestors = (*ancestors, parent)
     slots = []
     for key, current in parent._modules.items():
@@ -100,7 +102,7 @@ def _slots_below(
         verdict = inspect(Site(name, original, ancestors, sources))
         inside = []
         if verdict is None:
-            inside = _slots_below(current, name, ancestors, sources, seen)
+            inside = _slots_below(current, name, ancestors, sources)
             if not inside and _is_called_attention(current):
                 verdict = LeftAlone(type(current).__name__, "its forward pass is not reproduced here")
         if verdict is not None:

@@ -297,6 +297,34 @@ def test_a_layer_shared_by_two_models_is_left_alone():
     )
 
 
+@pytest.mark.parametrize("level", ["blocks", "block"])
+def test_blocks_shared_by_two_models_are_left_alone(level):
+    first, second = vit(), vit()
+    if level == "blocks":
+        second.blocks = first.blocks
+        shared = ("0.blocks.0.attn", "0.blocks.1.attn", "0.blocks.2.attn")
+    else:
+        second.blocks[2] = first.blocks[1]
+        shared = ("0.blocks.1.attn",)
+    pair = nn.ModuleList([first, second])
+    patch_model(pair, SPARSE, strict=False)
+    assert {row.name: row.reason for row in patch_report(pair).left_alone} == dict.fromkeys(
+        shared, "it is shared by models with grids of their own"
+    )
+    assert len(layers(pair)) == (0 if level == "blocks" else 4)
+
+
+def test_a_second_name_for_a_part_of_the_model_changes_nothing():
+    model, x = vit(), torch.randn(IMAGE)
+    expected = patch_model(copy.deepcopy(model), SPARSE)(x)
+    model.alias = model.blocks
+    model.itself = nn.ModuleList([model])
+    patch_model(model, SPARSE)
+    assert [row.name for row in patch_report(model).layers] == [f"blocks.{index}.attn" for index in range(3)]
+    assert patch_report(model).left_alone == ()
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_include_by_globs_or_a_function():
     def patched(include) -> list[str]:
         model = patch_model(vit(), SPARSE, include=include)
