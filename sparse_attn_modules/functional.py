@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import AttentionInputs, Request, select_backend
 from .backends.gathered import dense_attention
@@ -84,6 +85,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError, TypeError: if an argument is not as described, or the backend asked for cannot run.
+        RuntimeError: on forward-mode tangents, and on a backward pass through a backward pass.
     """
     query, key, value, relative_position = _autocast(query, key, value, relative_position)
     _check_tensors(query, key, value)
@@ -99,6 +101,7 @@ def block_sparse_attention(
 
     differentiable = (query, key, value) if rel_h is None or rel_w is None else (query, key, value, rel_h, rel_w)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    _check_no_tangents(differentiable)
     request = Request(
         query.device,
         query.dtype,
@@ -159,6 +162,14 @@ def _autocast(
     if isinstance(relative_position, (tuple, list)) and len(relative_position) == 2:
         relative_position = cast(relative_position[0]), cast(relative_position[1])
     return cast(query), cast(key), cast(value), relative_position
+
+
+def _check_no_tangents(tensors: tuple[Tensor, ...]) -> None:
+    """An operator without a forward-mode formula would drop tangents without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f"{_OP}: gradients must be taken in reverse mode, got a forward-mode tangent")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

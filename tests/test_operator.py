@@ -88,6 +88,20 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
+def test_forward_mode_is_refused():
+    query, key, value = inputs(requires_grad=False)
+
+    def attend(query):
+        return block_sparse_attention(query, key, value, MASK)
+
+    for refused in (
+        lambda: torch.func.jvp(attend, (query,), (torch.ones_like(query),)),
+        lambda: torch.autograd.functional.jvp(attend, query, torch.ones_like(query), strict=True),
+    ):
+        with pytest.raises(RuntimeError, match="block_sparse_attention: gradients must be"):
+            refused()
+
+
 def test_only_log_sum_exp_may_be_differentiated():
     query, key, value = inputs()
     _, lse = block_sparse_attention(query, key, value, MASK, return_lse=True)
