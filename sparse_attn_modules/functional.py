@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .autocast import is_autocast_on
 from .backends import AttentionInputs, Request, select_backend
 from .backends.gathered import dense_attention
 from .block_mask import BlockMask
@@ -151,7 +152,7 @@ def _autocast(
     if not isinstance(query, Tensor):
         return query, key, value, relative_position
     device_type = query.device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not is_autocast_on(device_type):
         return query, key, value, relative_position
     dtype = torch.get_autocast_dtype(device_type)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .autocast import without_autocast
 from .backends import BACKENDS, AttentionInputs
 from .backends.interface import tokens_before_heads
 from .token_grid import TokenGrid
@@ -55,7 +55,7 @@ def _is_watched() -> bool:
 
 
 def _run(inputs: AttentionInputs, backend: str, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-    with _without_autocast(inputs.query):
+    with without_autocast(inputs.query.device.type):
         return BACKENDS[backend].forward(inputs, with_lse)
 
 
@@ -73,14 +73,6 @@ def _inputs(arguments: tuple[Any, ...]) -> tuple[AttentionInputs, str]:
     return inputs, backend
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Backends choose the precision of every step; autocast must not reach into them."""
-    device_type = tensor.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *operands, with_lse = arguments
@@ -93,7 +85,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     *operands, grad_out, grad_lse, out, lse = arguments
     inputs, backend = _inputs(tuple(operands))
-    with _without_autocast(inputs.query):
+    with without_autocast(inputs.query.device.type):
         grads = BACKENDS[backend].backward(inputs, grad_out, grad_lse, out, lse)
     relative = (grads.rel_h, grads.rel_w)
     return (
