@@ -6,15 +6,21 @@ thread has its own note, so that threads running one model on images of differen
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..token_grid import TokenGrid
+
+
+class _Graph:
+    """Lives as long as a graph of autograd that it was put into."""
 
 
 class GridSource:
@@ -30,10 +36,11 @@ class GridSource:
         self.prefix = prefix
         # The last size seen by any thread: what compiled code reads, which can hold no thread-local state.
         self._latest: tuple[int, int] | None = None
-        # The grids that backward passes may have to recompute, with the training step in which each was last seen.
-        self._trained: dict[TokenGrid, int] = {}
-        self._step = 0
-        self._backward_has_run = False
+        # Every grid seen; those of graphs that a backward pass may still run through; and those seen with gradients but
+        # no graph to follow, because the patch embedding is frozen.
+        self._seen: set[TokenGrid] = set()
+        self._alive: WeakValueDictionary[TokenGrid, _Graph] = WeakValueDictionary()
+        self._untracked: set[TokenGrid] = set()
         self._thread = threading.local()
         self._lock = threading.Lock()
 
@@ -58,11 +65,17 @@ class GridSource:
             return
         grid = _grid(height, width, self.prefix)
         self._thread.grid = grid
-        if torch.is_grad_enabled():
-            with self._lock:
-                self._step += self._backward_has_run
-                self._backward_has_run = False
-                self._trained[grid] = self._step
+        with self._lock:
+            self._seen.add(grid)
+            if not torch.is_grad_enabled():
+                return
+            metadata = getattr(output.grad_fn, "metadata", None)
+            if metadata is None:
+                self._untracked.add(grid)
+                return
+            graph = self._alive.get(grid) or _Graph()
+            metadata[graph] = None
+            self._alive[grid] = graph
 
     def current(self) -> TokenGrid | None:
         """The grid of this thread's last image; before the first one, of the image size that the model is made for."""
@@ -87,24 +100,33 @@ class GridSource:
         Raises:
             RuntimeError: if two grids in question have the same number of tokens.
         """
-        with self._lock:
-            self._backward_has_run = True
-            fitting = {grid: step for grid, step in self._trained.items() if grid.num_tokens == num_tokens}
-        if not fitting:
-            return None if self._trained else self.current()
-        newest = [grid for grid, step in fitting.items() if step == max(fitting.values())]
-        if len(newest) > 1:
+        fitting = self._in_question(num_tokens)
+        if len(fitting) > 1:
+            gc.collect()  # A graph in a reference cycle outlives its last use.
+            fitting = self._in_question(num_tokens)
+        if len(fitting) > 1:
             raise RuntimeError(
                 f"sparse_attn_modules: with activation checkpointing the images of one training step must not have "
-                f"different grids of equally many tokens, got {' and '.join(map(str, newest))}"
+                f"different grids of equally many tokens, got {' and '.join(sorted(map(str, fitting)))} (an output "
+                f"that is kept belongs to the step, and so does every image if the patch embedding is frozen)"
             )
-        return newest[0]
+        if fitting:
+            return next(iter(fitting))
+        return None if self._seen else self.current()
+
+    def _in_question(self, num_tokens: int) -> set[TokenGrid]:
+        """The grids of so many tokens that a backward pass may have come to."""
+        with self._lock:
+            # Where no graph is known, the patch embedding may have run without gradients.
+            known = {*self._alive, *self._untracked} or self._seen
+            return {grid for grid in known if grid.num_tokens == num_tokens}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_thread", "_lock")}
+        return {name: value for name, value in vars(self).items() if name not in ("_thread", "_lock", "_alive")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._alive = WeakValueDictionary()
         self._thread = threading.local()
         self._lock = threading.Lock()
 

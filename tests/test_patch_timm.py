@@ -282,6 +282,70 @@ def test_activation_checkpointing_that_cannot_tell_grids_apart_raises():
         out.backward()
 
 
+def checkpointed(frozen: bool = False) -> tuple[nn.Module, list[torch.Tensor]]:
+    """A model and two images whose grids have equally many patches."""
+    model = patch_model(dynamic_vit(torch.float32), CustomPattern(random_tiles))
+    model.set_grad_checkpointing()
+    model.patch_embed.requires_grad_(not frozen)
+    return model, [torch.randn(1, 3, *size) for size in SIZES[:2]]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("late_first", [False, True])
+def test_activation_checkpointing_never_takes_the_grid_of_another_step(frozen, late_first):
+    model, (x, y) = checkpointed(frozen)
+    early = model(x).sum()
+    late = model(y).sum()
+    for loss in (late, early) if late_first else (early, late):
+        with pytest.raises(RuntimeError, match="different grids of equally many tokens"):
+            loss.backward()
+
+
+def test_activation_checkpointing_with_another_grid_in_every_step():
+    model, images = checkpointed()
+    plain = copy.deepcopy(model)
+    plain.set_grad_checkpointing(False)
+    for x in (*images, *images):
+        loss = model(x).sum()
+        loss.backward()
+        plain(x).sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(parameter.grad, other.grad, msg=name)
+
+
+@pytest.mark.parametrize("in_cycle", [False, True])
+@pytest.mark.parametrize("mode", ["gradients", "no_grad", "inference_mode"])
+def test_activation_checkpointing_after_an_evaluation_on_another_grid(mode, in_cycle):
+    model, (x, y) = checkpointed()
+    model.eval()
+    with {"gradients": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]():
+        kept = [model(y)]
+    if in_cycle:
+        kept.append(kept)
+    del kept
+    loss = model.train()(x).sum()
+    with torch.no_grad():
+        model(y)
+    loss.backward()
+    assert all(block.attn.qkv.weight.grad is not None for block in model.blocks)
+
+
+def test_activation_checkpointing_behind_a_patch_embedding_without_gradients():
+    model, (x, y) = checkpointed()
+
+    def run(image: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            patches = model.patch_embed(image)
+        return torch.utils.checkpoint.checkpoint(model.blocks, model._pos_embed(patches), use_reentrant=False).sum()
+
+    model.set_grad_checkpointing(False)
+    run(x).backward()
+    loss = run(x)
+    run(y)
+    with pytest.raises(RuntimeError, match="different grids of equally many tokens"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_rope_224"])
 def test_dropped_tokens_get_dense_attention_and_one_warning(name, caplog):
     model = create(name, {"patch_size": 4, "img_size": (68, 160), "patch_drop_rate": 0.37}).train()
