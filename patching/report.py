@@ -11,7 +11,7 @@ from ..patterns import Dense, Pattern
 from ..token_grid import TokenGrid
 from .adapters import LeftAlone, Replaceable
 from .selection import DenseOnFewTiles
-from .walk import Slot, attention_slots
+from .walk import Slot, attention_slots, original_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PatchedLayer:
         name: dotted path from the model.
         kind: what it was.
         grid: what it works on: the last image, or before the first one that for which the model is made; None if that
-            is not known yet, as are then density and FLOPs.
+            is not known, as are then density and FLOPs.
         windows: number of such grids per image.
         num_heads: number of query heads.
         pattern: the pattern it was given.
@@ -96,16 +96,21 @@ def patch_report(model: nn.Module) -> PatchReport:
     """
     layers, left_alone = [], []
     for slot in attention_slots(model):
-        if isinstance(slot.verdict, Replaceable) and isinstance(slot.current, SparseAttention):
-            layers.append(_patched(slot, slot.verdict, slot.current))
+        if isinstance(slot.current, SparseAttention) and original_of(slot.current) is not None:
+            layers.append(_patched(slot, slot.current))
         else:
             reason = slot.verdict.reason if isinstance(slot.verdict, LeftAlone) else "not selected for patching"
             left_alone.append(UnpatchedLayer(slot.name, slot.verdict.kind, reason))
     return PatchReport(tuple(layers), tuple(left_alone))
 
 
-def _patched(slot: Slot, verdict: Replaceable, layer: SparseAttention) -> PatchedLayer:
-    pattern = DenseOnFewTiles.within(layer.pattern)
+def _patched(slot: Slot, layer: SparseAttention) -> PatchedLayer:
+    pattern, verdict = DenseOnFewTiles.within(layer.pattern), slot.verdict
+    if not isinstance(verdict, Replaceable):
+        # Patched as part of another model: whatever else the verdict says, the replacement is there.
+        num_heads: int = slot.original.num_heads  # type: ignore[assignment]
+        note = "the grid is not known from this part of the model"
+        return PatchedLayer(slot.name, verdict.kind, None, 1, num_heads, pattern, None, None, None, note)
     heads = verdict.num_heads
     geometry = verdict.geometry()
     if geometry is None:

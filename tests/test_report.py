@@ -99,6 +99,16 @@ def test_unpatched_models():
     assert str(patch_report(torch.nn.Linear(2, 2))) == "no attention layer is patched"
 
 
+def test_a_part_of_a_patched_model():
+    model = patch_model(vit(), {"blocks.0.*": LocalWindow(radius=2)})
+    report = patch_report(model.blocks)
+    (layer,) = report.layers
+    assert (layer.name, layer.grid, layer.num_heads, layer.density) == ("0.attn", None, HEADS, None)
+    assert (layer.pattern, layer.note) == (LocalWindow(radius=2), "the grid is not known from this part of the model")
+    assert [row.name for row in report.left_alone] == ["1.attn"]
+    assert "no attention layer is patched" not in str(report)
+
+
 def test_a_report_changes_nothing():
     model = patch_model(vit(), "local")
     x = torch.randn(1, 3, *SIZE)
