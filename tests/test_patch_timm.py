@@ -9,7 +9,9 @@ import torch
 from sparse_attn_modules.patching import patch_model, patch_report, unpatch_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
+from sparse_attn_modules import notices
 from sparse_attn_modules.modules import SAMAttentionSparse, ViTSparseAttention
 from sparse_attn_modules.patterns import CustomPattern, LocalWindow
 
@@ -362,14 +364,19 @@ def test_dropped_tokens_get_dense_attention_and_one_warning(name, caplog):
     assert not torch.allclose(sparse, patch_model(model)(x))
 
 
-def test_warning_of_dropped_tokens_names_their_number_and_the_grid(caplog):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_warning_of_dropped_tokens_however_many(checkpointing, caplog, monkeypatch):
+    monkeypatch.setattr(notices, "_said", set())
     model = patch_model(create("vit_tiny_patch16_224", {"patch_size": 4, "img_size": (72, 164)}), "local")
     tokens = model.patch_embed(torch.randn(1, 3, 72, 164, dtype=torch.float64))
     with caplog.at_level(logging.WARNING, "sparse_attn_modules"):
-        model.blocks(tokens[:, :605])  # no class token either
-    assert len(caplog.records) == 1
-    assert "605 tokens" in caplog.text
-    assert "1 + 18×41" in caplog.text
+        for number in (605, 600):
+            kept = tokens[:, :number]  # no class token either
+            out = checkpoint(model.blocks, kept, use_reentrant=False) if checkpointing else model.blocks(kept)
+            out.sum().backward(retain_graph=True)
+    assert [record.message for record in caplog.records] == [
+        "ViTSparseAttention: attention is dense where the tokens do not fit the grid of patches"
+    ]
 
 
 def test_attn_mask_reaches_the_layers():

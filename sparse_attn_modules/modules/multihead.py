@@ -255,8 +255,8 @@ class SparseMultiheadAttention(nn.MultiheadAttention, SparseAttention):
             return self.grid, key_grid
         if not isinstance(self.pattern, Dense):
             log_once(
-                f"{_NAME}: attention is dense, because {queries} query and {keys} key tokens do not fit the grids of "
-                f"{self.grid} and {key_grid}"
+                f"{_NAME}: attention is dense where query and key tokens do not fit the grids of {self.grid} and "
+                f"{key_grid}"
             )
         return None
 

@@ -240,9 +240,11 @@ class ViTSparseAttention(SparseAttention):
         grid = self.grid if isinstance(self.grid, TokenGrid) else self.grid(num_tokens)
         if grid is not None and grid.num_tokens == num_tokens:
             return grid
-        if not isinstance(self.pattern, Dense):
-            known = "no grid of patches is known" if grid is None else f"they do not fit the grid of {grid}"
-            log_once(f"{_NAME}: attention over {num_tokens} tokens is dense, because {known}")
+        # A layer that a backward pass runs again has said so in the forward pass, where it knew more.
+        is_first_run = torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+        if is_first_run and not isinstance(self.pattern, Dense):
+            reason = "no grid of patches is known" if grid is None else "the tokens do not fit the grid of patches"
+            log_once(f"{_NAME}: attention is dense where {reason}")
         return None
 
     def _attend_densely(
