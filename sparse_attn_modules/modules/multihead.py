@@ -44,6 +44,9 @@ class SparseMultiheadAttention(nn.MultiheadAttention, SparseAttention):
     one is taken for such: a boolean mask is better. A query with no key to attend to yields the output projection of 0,
     where the original yields NaN.
 
+    Apply peft's LoRA to the ``nn.MultiheadAttention`` before it is replaced: peft refuses this layer, whose
+    ``_qkv_same_embed_dim`` is False. An adapter on ``out_proj`` acts here, though ``nn.MultiheadAttention`` ignores it.
+
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as for
             :class:`torch.nn.MultiheadAttention`.
