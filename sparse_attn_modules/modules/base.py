@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autocast import without_autocast
 from ..block_mask import BlockMask
 from ..functional import block_sparse_attention
 from ..patterns import Dense, Pattern, resolve_pattern
@@ -84,7 +85,7 @@ class SparseAttention(nn.Module):
                 rel_h, rel_w = relative_position
                 relative_position = rel_h.to(self.compute_dtype), rel_w.to(self.compute_dtype)
         # A dtype that was asked for holds under autocast too, which would replace it.
-        keeps_dtype = nullcontext() if self.compute_dtype is None else torch.autocast(query.device.type, enabled=False)
+        keeps_dtype = nullcontext() if self.compute_dtype is None else without_autocast(query.device.type)
         with keeps_dtype:
             out = block_sparse_attention(
                 query,
