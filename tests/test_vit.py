@@ -364,3 +364,21 @@ def test_subclasses_are_not_taken_for_the_class():
 
     with pytest.raises(TypeError, match=r"layer must be one of .* got .*Other"):
         ViTSparseAttention.from_module(Other(DIM, HEADS))
+
+
+@pytest.mark.parametrize("num_heads", [0, -2])
+def test_number_of_heads_is_checked(num_heads):
+    with pytest.raises(ValueError, match=f"ViTSparseAttention: num_heads must be at least 1, got {num_heads}"):
+        ViTSparseAttention(16, num_heads)
+
+
+def test_grid_and_dimensions_are_checked():
+    with pytest.raises(TypeError, match="ViTSparseAttention: grid must be a TokenGrid, a function or None, got tuple"):
+        ViTSparseAttention(16, 2, grid=(4, 4))
+    with pytest.raises(ValueError, match=r"ViTSparseAttention: x must have shape \[B, N, dim\], got \[9, 16\]"):
+        ViTSparseAttention(16, 2)(torch.randn(9, 16))
+
+
+def test_compute_dtype_on_the_meta_device():
+    layer = ViTSparseAttention(16, 2, compute_dtype=torch.bfloat16).to("meta")
+    assert layer(torch.empty(1, 9, 16, device="meta")).shape == (1, 9, 16)

@@ -85,6 +85,10 @@ class ViTSparseAttention(SparseAttention):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1:
+            raise ValueError(f"{_NAME}: num_heads must be at least 1, got {num_heads}")
+        if grid is not None and not isinstance(grid, TokenGrid) and not callable(grid):
+            raise TypeError(f"{_NAME}: grid must be a TokenGrid, a function or None, got {type(grid).__name__}")
         if attn_head_dim is None and dim % num_heads:
             raise ValueError(f"{_NAME}: dim must be a multiple of num_heads, got {dim} and {num_heads}")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -185,6 +189,8 @@ class ViTSparseAttention(SparseAttention):
             ValueError, TypeError: if ``attn_mask`` does not fit, or comes with ``is_causal``, or ``rope`` is given to a
                 layer without rotary position.
         """
+        if x.dim() != 3:
+            raise ValueError(f"{_NAME}: x must have shape [B, N, dim], got {list(x.shape)}")
         _check_mask(attn_mask, is_causal)
         if rope is not None and self.num_prefix_tokens is None:
             raise ValueError(
