@@ -322,6 +322,7 @@ def test_refuses_layers_it_does_not_reproduce():
         ({"embed_dim": 24, "num_heads": 0}, "embed_dim must be a multiple of num_heads"),
         ({"embed_dim": 24, "num_heads": 2, "use_rel_pos": True}, "input_size must be .height, width. with use_rel_pos"),
         ({"embed_dim": 24, "num_heads": 2, "use_rel_pos": True, "input_size": (0, 3)}, "input_size must be"),
+        ({"embed_dim": 24, "num_heads": 2, "use_rel_pos": True, "input_size": 4}, "input_size must be .* got 4"),
     ],
 )
 def test_bad_construction(arguments, message):

@@ -60,7 +60,8 @@ class SAMAttentionSparse(SparseAttention):
     ) -> None:
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"{_NAME}: embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
-        if use_rel_pos and (input_size is None or len(input_size) != 2 or min(input_size) < 1):
+        is_pair = isinstance(input_size, (tuple, list)) and len(input_size) == 2
+        if use_rel_pos and (input_size is None or not is_pair or min(input_size) < 1):
             raise ValueError(f"{_NAME}: input_size must be (height, width) with use_rel_pos, got {input_size}")
         super().__init__(pattern, backend, compute_dtype)
         head_dim = embed_dim // num_heads
