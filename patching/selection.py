@@ -67,6 +67,11 @@ class Selection:
         if callable(include):
             self._include = include
         elif include is not None:
+            if not isinstance(include, Iterable):
+                raise TypeError(
+                    f"patch_model: include must be a glob, several globs, a function or None, "
+                    f"got {type(include).__name__}"
+                )
             chosen = [include] if isinstance(include, str) else list(include)
             for glob in chosen:
                 _check_glob("include", glob)

@@ -362,6 +362,7 @@ def fails_on_the_second_layer(name: str, module: nn.Module) -> bool:
         ({"include": "blocks.9.attn"}, ValueError, "'blocks.9.attn' must match the name of an attention layer"),
         ({"include": lambda name, module: False}, ValueError, "blocks.0.attn .* not selected by include or pattern"),
         ({"include": fails_on_the_second_layer}, KeyError, "midway"),
+        ({"include": 5}, TypeError, "patch_model: include must be a glob, several globs, .* got int"),
         ({"backend": "fastest"}, ValueError, "backend must be one of .* got 'fastest'"),
         ({"compute_dtype": torch.int8}, TypeError, "compute_dtype must be a floating-point dtype or None"),
         # Fits the three heads of the first layer alone.
