@@ -200,7 +200,10 @@ def _on_key_grid(query: tuple[int, int], mask: BlockMask) -> tuple[float, float]
 
 def _as_rgb(op: str, image: Any) -> Tensor:
     """float32 ``[height, width, 3]`` in [0, 1]."""
-    photo = torch.as_tensor(image).detach().cpu()
+    import numpy as np
+
+    # A copy also takes what torch cannot read in place: flipped arrays, PIL images.
+    photo = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
     if photo.dim() == 2:
         photo = photo[..., None].expand(-1, -1, 3)
     if photo.dim() != 3 or photo.shape[-1] != 3:

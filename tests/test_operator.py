@@ -190,6 +190,13 @@ def test_patterns_that_look_alike_are_told_apart():
     torch.compiler.reset()
 
 
+def test_a_layer_checks_its_options_when_it_is_made():
+    with pytest.raises(ValueError, match="Layer: backend must be one of .* got 'nope'"):
+        Layer(backend="nope")
+    with pytest.raises(TypeError, match="Layer: compute_dtype must be a dtype or None, got 'bf16'"):
+        Layer(compute_dtype="bf16")
+
+
 @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float64])
 def test_compute_dtype_holds_under_autocast(compute_dtype, monkeypatch):
     seen = []

@@ -159,3 +159,11 @@ assert not pyplot.get_fignums(), "opened a window"
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_flipped_photographs_and_pil_images():
+    pil = pytest.importorskip("PIL.Image")
+    mask = LocalWindow(density=0.25).mask(TokenGrid(32, 32), 2)
+    pixels = np.random.default_rng().integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for image in (pixels[::-1], pil.fromarray(pixels)):
+        assert plot_attended_patches(image, mask, (3, 4)).axes

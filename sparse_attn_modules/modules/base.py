@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import without_autocast
+from ..backends import BACKENDS
 from ..block_mask import BlockMask
 from ..functional import block_sparse_attention
 from ..patterns import Dense, Pattern, resolve_pattern
@@ -33,6 +34,10 @@ class SparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         self._set_pattern(Dense() if pattern is None else pattern)
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"{type(self).__name__}: backend must be one of {list(BACKENDS)} or None, got {backend!r}")
+        if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
+            raise TypeError(f"{type(self).__name__}: compute_dtype must be a dtype or None, got {compute_dtype!r}")
         self.backend = backend
         self.compute_dtype = compute_dtype
 
