@@ -17,7 +17,7 @@ lint: $(VENV)/.installed-all
 	$(BIN)/mypy
 
 benchmark: $(VENV)/.installed-all
-	$(BIN)/python benchmarks/cpu_attention.py --out benchmarks/results
+	$(BIN)/python benchmarks/cpu_attention.py --out
 	$(BIN)/python benchmarks/make_tables.py
 
 $(VENV)/.installed-%: pyproject.toml
