@@ -67,12 +67,12 @@ class BlockMask:
 
     @classmethod
     def from_lists(
-        cls, blocks: Tensor, lists: dict[str, Tensor], query_grid: TokenGrid, key_grid: TokenGrid
+        cls, blocks: Tensor, lists: dict[str, Tensor], query_grid: TokenGrid, key_grid: TokenGrid, is_dense: bool
     ) -> BlockMask:
         """A mask whose index lists are known already, by the names of the properties."""
         mask = cls(blocks, query_grid, key_grid)
         mask._lists = dict(lists)
-        mask._is_dense = False
+        mask._is_dense = is_dense
         return mask
 
     @classmethod

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .autocast import without_autocast
 from .backends import BACKENDS, AttentionInputs
-from .backends.interface import tokens_before_heads
+from .backends.interface import empty_tokens_before_heads, tokens_before_heads
 from .token_grid import TokenGrid
 
 _INPUTS = (
@@ -94,16 +94,12 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _new_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
 @torch.library.register_fake("sparse_attn_modules::attention_forward", lib=_library)
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, with_lse = arguments[0], arguments[-1]
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse_shape = query.shape[:-1] if with_lse else (0,)
-    return _new_like(query), query.new_empty(lse_shape, dtype=lse_dtype)
+    return empty_tokens_before_heads(query), query.new_empty(lse_shape, dtype=lse_dtype)
 
 
 @torch.library.register_fake("sparse_attn_modules::attention_backward", lib=_library)
@@ -111,7 +107,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     query, key, value = arguments[:3]
     rel_h, rel_w = arguments[9:11]
     relative = (query.new_empty(0) if rel is None else rel.new_empty(rel.shape) for rel in (rel_h, rel_w))
-    return (*(_new_like(tensor) for tensor in (query, key, value)), *relative)
+    return (*(empty_tokens_before_heads(tensor) for tensor in (query, key, value)), *relative)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

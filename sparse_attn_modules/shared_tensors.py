@@ -9,6 +9,14 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device as a key of a cache: the CPU if None; an index-free "cuda" means the current one, which may change."""
+    resolved = torch.device("cpu" if device is None else device)
+    if resolved.type != "cpu" and resolved.index is None:
+        resolved = torch.empty(0, device=resolved).device
+    return resolved
+
+
 @contextmanager
 def building_shared_tensors() -> Iterator[None]:
     """Leaves inference mode, fake tensors and the default device while tensors for a cache are built on the CPU.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shared_tensors import building_shared_tensors
+from .shared_tensors import building_shared_tensors, resolve_device
 
 DEFAULT_TILE = (8, 16)
 SEQUENCE_TILE = (1, 128)
@@ -153,10 +153,7 @@ def _cached_per_device(build: Callable[[TokenGrid], tuple[Tensor, ...]]) -> Call
 
     @wraps(build)
     def cached(grid: TokenGrid, device: Device = None) -> tuple[Tensor, ...]:
-        # An index-free "cuda" means the current device, which may change between calls.
-        resolved = torch.device(device or "cpu")
-        if resolved.type != "cpu" and resolved.index is None:
-            resolved = torch.empty(0, device=resolved).device
+        resolved = resolve_device(device)
         if torch.compiler.is_compiling():
             return tuple(tensor.to(resolved) for tensor in build(grid))  # tracing ignores caches, with a warning
         return on_device(grid, resolved)

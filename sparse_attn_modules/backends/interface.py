@@ -48,8 +48,7 @@ class AttentionInputs:
 
     def new_output(self) -> Tensor:
         """Uninitialised ``[B, Hq, Nq, D]``, a transposed view of ``[B, Nq, Hq, D]``."""
-        batch, heads, tokens, head_dim = self.query.shape
-        return self.query.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+        return empty_tokens_before_heads(self.query)
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,12 @@ class Backend(Protocol):
         self, inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> AttentionGradients:
         """Gradients; ``grad_lse`` is that of the log-sum-exp, where it was used."""
+
+
+def empty_tokens_before_heads(like: Tensor) -> Tensor:
+    """Uninitialised, in the shape of ``[B, H, N, D]`` and the layout of :func:`tokens_before_heads`."""
+    batch, heads, tokens, width = like.shape
+    return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 def tokens_before_heads(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..block_mask import BlockMask
-from ..shared_tensors import building_shared_tensors
+from ..shared_tensors import building_shared_tensors, resolve_device
 from ..token_grid import TokenGrid
 
 
@@ -67,10 +67,8 @@ class Pattern:
                 f"{type(self).__name__}: a pattern must be a frozen dataclass with all its state in fields, "
                 f"got other attributes: {sorted(hidden)}"
             )
-        resolved = torch.device("cpu" if device is None else device)
-        if resolved.type != "cpu" and resolved.index is None:
-            resolved = torch.empty(0, device=resolved).device
-        return _cached_mask(self, query_grid, query_grid if key_grid is None else key_grid, num_heads, resolved)
+        key_grid = query_grid if key_grid is None else key_grid
+        return _cached_mask(self, query_grid, key_grid, num_heads, resolve_device(device))
 
     def __or__(self, other: Pattern) -> Pattern:
         """Pairs active in either pattern."""

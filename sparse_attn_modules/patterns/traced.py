@@ -41,9 +41,8 @@ def traced_mask(
     blocks, *lists = torch.ops.sparse_attn_modules.pattern_mask.default(
         name, query_grid.pack(), key_grid.pack(), num_heads, device
     )
-    mask = BlockMask.from_lists(blocks, dict(zip(_LISTS, lists)), query_grid, key_grid)
-    mask._is_dense = isinstance(_patterns[name], Dense)
-    return mask
+    is_dense = isinstance(_patterns[name], Dense)
+    return BlockMask.from_lists(blocks, dict(zip(_LISTS, lists)), query_grid, key_grid, is_dense)
 
 
 @torch.library.impl(_library, "pattern_mask", "CompositeExplicitAutograd")
