@@ -19,13 +19,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// {prefix, height, width, suffix, tile height, tile width}
+// As TokenGrid packs it: {height, width, prefix, suffix, tile height, tile width}
 GridParams grid_params(const char* name, const std::vector<int64_t>& grid) {
     STD_TORCH_CHECK(grid.size() == 6, "block_sparse_attention: ", name, " must have 6 entries, got ", grid.size());
     GridParams params{};
-    params.prefix = int(grid[0]);
-    params.height = int(grid[1]);
-    params.width = int(grid[2]);
+    params.height = int(grid[0]);
+    params.width = int(grid[1]);
+    params.prefix = int(grid[2]);
     params.suffix = int(grid[3]);
     params.tile_height = int(grid[4]);
     params.tile_width = int(grid[5]);

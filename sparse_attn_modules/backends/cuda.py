@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..block_mask import BlockMask
 from ..token_grid import TokenGrid
 from . import gathered
 from .interface import AttentionGradients, AttentionInputs, Request
@@ -19,7 +20,9 @@ name = "cuda"
 
 _BLOCK_TOKENS = 128
 _MAX_HEAD_DIM = 128
-_RELATIVE_POSITION_TILE = (8, 16)
+# Tiles of a block, the preferred first: the kernels read relative positions of 8×16 keys only.
+_TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1))
+_RELATIVE_POSITION_TILE = _TILES[0]
 _MAX_TILES = (8192, 65536)  # rows and columns that a block's packed coordinates hold
 _ALIGNMENT = 8  # elements of 2 bytes: the tensor copy engine addresses multiples of 16 bytes
 
@@ -43,11 +46,9 @@ def why_not(request: Request) -> str | None:
     for grid in (request.query_grid, request.key_grid):
         if (reason := _why_not_grid(grid)) is not None:
             return reason
-    if request.relative_position and request.key_grid.tile != _RELATIVE_POSITION_TILE:
-        return (
-            f"a relative position needs key tiles of {_RELATIVE_POSITION_TILE[0]}×{_RELATIVE_POSITION_TILE[1]}, "
-            f"got {request.key_grid.tile[0]}×{request.key_grid.tile[1]}"
-        )
+    if request.relative_position and _tile_within(request.key_grid) != _RELATIVE_POSITION_TILE:
+        needed, got = (f"{height}×{width}" for height, width in (_RELATIVE_POSITION_TILE, request.key_grid.tile))
+        return f"a relative position needs key tiles that consist of tiles of {needed}, got {got}"
     index = request.device.index
     return _why_not_device(torch.cuda.current_device() if index is None else index)
 
@@ -62,6 +63,13 @@ def why_not_here() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     return _why_not_device(torch.cuda.current_device())
+
+
+def fit_mask(mask: BlockMask) -> BlockMask:
+    query_tile, key_tile = _tile_within(mask.query_grid), _tile_within(mask.key_grid)
+    if query_tile is None or key_tile is None:
+        raise AssertionError("a mask of tiles that why_not refuses")
+    return mask.split(query_tile, key_tile)
 
 
 def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -105,17 +113,25 @@ def _launch(inputs: AttentionInputs, query: Tensor, scale: float, out: Tensor, l
         rel_h,
         rel_w,
         None if padding is None else padding.contiguous(),
-        _geometry(inputs.query_grid),
-        _geometry(inputs.key_grid),
+        inputs.query_grid.pack(),
+        inputs.key_grid.pack(),
         scale,
     )
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """``tensor`` if the copy engine can read it in place, else a copy whose rows start at multiples of 16 bytes."""
-    strides = tensor.stride()
-    in_place = strides[3] == 1 and tensor.data_ptr() % (2 * _ALIGNMENT) == 0
-    for size, stride in zip(tensor.shape[:3], strides[:3]):
+    batch, head, token, element = tensor.stride()
+    if (
+        element == 1
+        and batch > 0
+        and head > 0
+        and token > 0
+        and not (tensor.data_ptr() // 2 | batch | head | token) % _ALIGNMENT
+    ):
+        return tensor
+    in_place = element == 1 and tensor.data_ptr() % (2 * _ALIGNMENT) == 0
+    for size, stride in zip(tensor.shape, (batch, head, token)):
         in_place = in_place and (size == 1 or (stride > 0 and stride % _ALIGNMENT == 0))
     if in_place:
         return tensor
@@ -124,22 +140,25 @@ def _aligned(tensor: Tensor) -> Tensor:
     return padded.copy_(tensor)
 
 
-@lru_cache(maxsize=1024)
-def _geometry(grid: TokenGrid) -> list[int]:
-    return [grid.prefix, grid.height, grid.width, grid.suffix, *grid.tile]
+def _tile_within(grid: TokenGrid) -> tuple[int, int] | None:
+    """The kernel's tile that the grid's tiles consist of."""
+    height, width = grid.tile
+    return next((tile for tile in _TILES if height % tile[0] == 0 and width % tile[1] == 0), None)
 
 
 def _why_not_grid(grid: TokenGrid) -> str | None:
-    height, width = grid.tile
-    if height * width != _BLOCK_TOKENS or width & (width - 1):
+    tile = _tile_within(grid)
+    if tile is None:
         return (
-            f"blocks must be tiles of {_BLOCK_TOKENS} patches with sides that are powers of two, got {height}×{width}"
+            f"blocks must consist of tiles of {_BLOCK_TOKENS} patches with sides that are powers of two, "
+            f"got {grid.tile[0]}×{grid.tile[1]}"
         )
-    columns = max(grid.tile_columns, grid.num_prefix_blocks, grid.num_suffix_blocks)
-    if grid.tile_rows > _MAX_TILES[0] or columns > _MAX_TILES[1]:
-        return f"a grid may have up to {_MAX_TILES[0]} × {_MAX_TILES[1]} blocks, got {grid.tile_rows} × {columns}"
-    if grid.num_tiles * grid.tile_columns >= 2**32:
-        return f"a grid may have up to 2³² blocks times columns of blocks, got {grid.num_tiles} × {grid.tile_columns}"
+    rows, columns = -(-grid.height // tile[0]), -(-grid.width // tile[1])
+    widest = max(columns, -(-grid.prefix // _BLOCK_TOKENS), -(-grid.suffix // _BLOCK_TOKENS))
+    if rows > _MAX_TILES[0] or widest > _MAX_TILES[1]:
+        return f"a grid may have up to {_MAX_TILES[0]} × {_MAX_TILES[1]} blocks, got {rows} × {widest}"
+    if rows * columns * columns >= 2**32:
+        return f"a grid may have up to 2³² blocks times columns of blocks, got {rows * columns} × {columns}"
     return None
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..block_mask import BlockMask
 from .chunk_bias import chunk_bias, sums_over_keys
 from .interface import AttentionGradients, AttentionInputs, Request, tokens_before_heads
 from .row_chunks import RowChunk, dense_chunks, sparse_chunks
@@ -36,6 +37,10 @@ def why_not_here() -> str | None:
 
 def why_slower(request: Request) -> str | None:
     return None
+
+
+def fit_mask(mask: BlockMask) -> BlockMask:
+    return mask
 
 
 def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..block_mask import BlockMask
 from .interface import AttentionGradients, AttentionInputs, Request
 
 name = "reference"
@@ -23,6 +24,10 @@ def why_slower(request: Request) -> str | None:
 
 def why_not_here() -> str | None:
     return None
+
+
+def fit_mask(mask: BlockMask) -> BlockMask:
+    return mask
 
 
 def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | None]:
