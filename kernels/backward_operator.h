@@ -117,7 +117,7 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     if (key_padding_mask.has_value()) check_shape("key_padding_mask", *key_padding_mask, {batch, key_tokens});
     check_contiguous("key_padding_mask", key_padding_mask);
     params.key_padding = pointer<uint8_t>(key_padding_mask);
-    params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
+    params.mask_keys = params.key_padding != nullptr || ragged_blocks(params.key_grid) > 0;
 
     const int32_t device = query.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);

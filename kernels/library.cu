@@ -4,6 +4,7 @@
 #include "backward_operator.h"
 #include "operator_arguments.h"
 #include "params.h"
+#include "sm90/forward_choice.h"
 #include "sm90/launch.h"
 #include "tensor_maps.h"
 
@@ -48,7 +49,17 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     params.scale_log2 = float(scale * 1.4426950408889634);
     params.inverse_scale = float(1.0 / scale);
 
-    params.query = encode_tokens("query", query, params.query_grid, 64, true);
+    const Lists lists = index_lists("key_counts, key_indices", key_counts, key_indices, params.query_grid.num_blocks,
+                                    params.key_grid.num_blocks);
+    params.key_counts = lists.counts;
+    params.key_indices = lists.indices;
+    params.list_batch_stride = lists.batch_stride;
+    params.list_head_stride = lists.head_stride;
+
+    const int32_t device = query.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    params.half_blocks = !rel_h.has_value() && tall_is_faster(params, int(head_dim), device);
+    params.query = encode_tokens("query", query, params.query_grid, 64, true, params.half_blocks ? 2 : 1);
     params.key = encode_tokens("key", key, params.key_grid, 64, true);
     params.value = encode_tokens("value", value, params.key_grid, 64, true);
     params.out = encode_tokens("out", out, params.query_grid, 64, true, 2);
@@ -60,22 +71,14 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
         params.rel_h = encode_tokens("rel_h", *rel_h, params.query_grid, params.key_grid.tile_height, false);
         params.rel_w = encode_tokens("rel_w", *rel_w, params.query_grid, params.key_grid.tile_width, false);
     }
-    const Lists lists = index_lists("key_counts, key_indices", key_counts, key_indices, params.query_grid.num_blocks,
-                                    params.key_grid.num_blocks);
-    params.key_counts = lists.counts;
-    params.key_indices = lists.indices;
-    params.list_batch_stride = lists.batch_stride;
-    params.list_head_stride = lists.head_stride;
     check_contiguous("row_order", row_order);
     params.row_order = pointer<int32_t>(row_order);
     if (key_padding_mask.has_value()) check_shape("key_padding_mask", *key_padding_mask, {batch, key_tokens});
     check_contiguous("key_padding_mask", key_padding_mask);
     params.key_padding = pointer<uint8_t>(key_padding_mask);
-    params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
+    params.masked_key_blocks = params.key_padding != nullptr ? params.key_grid.num_blocks : ragged_blocks(params.key_grid);
     params.lse = pointer<float>(lse);
 
-    const int32_t device = query.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
     const Launch launch = query.scalar_type() == ScalarType::BFloat16 ? forward_for<__nv_bfloat16>(head_dim)
                                                                       : forward_for<__half>(head_dim);
     check_launch(launch(params, rel_h.has_value(), device, current_stream(device)));

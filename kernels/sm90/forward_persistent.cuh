@@ -277,7 +277,7 @@ struct PersistentForward {
             softmax.finish(params.scale, inverse, log_sum);
             const BlockCode query_block = from_lane_0(storage.query_block[slot]);
             if (params.lse != nullptr) {
-                write_log_sum(params, BlockPlace(params.query_grid, query_block), work.head, work.batch, log_sum);
+                write_log_sum(params, BlockPlace(params.query_grid, query_block), work.head, work.batch, query_row_of_thread(), log_sum);
             }
             release_stored();
             warpgroup_sync(warpgroup);

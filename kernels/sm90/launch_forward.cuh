@@ -5,41 +5,52 @@
 
 #include "forward_paired.cuh"
 #include "forward_persistent.cuh"
+#include "forward_tall.cuh"
 #include "launch.h"
 #include "launch_device.cuh"
 
 namespace sparse_attn {
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
-cudaError_t launch_variant(const ForwardParams& params, int device, cudaStream_t stream) {
+template <typename Kernel>
+cudaError_t launch_kernel(void (*kernel)(ForwardParams), const dim3& blocks, const ForwardParams& params, int device,
+                          cudaStream_t stream) {
     static std::atomic<uint64_t> allowed{0};
     if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-    if constexpr (kHeadDim <= 64) {
-        using Kernel = PairedForward<T, kHeadDim, kRelativePosition, kMaskedKeys>;
-        const auto kernel = forward_paired<T, kHeadDim, kRelativePosition, kMaskedKeys>;
-        const cudaError_t error = allow_shared_memory(kernel, sizeof(typename Kernel::Storage), device, allowed);
-        if (error != cudaSuccess) return error;
-        const dim3 blocks(params.query_grid.num_blocks, params.query_heads, params.batch);
-        kernel<<<blocks, Kernel::kThreads, sizeof(typename Kernel::Storage), stream>>>(params);
-    } else {
-        using Kernel = PersistentForward<T, kHeadDim, kRelativePosition, kMaskedKeys>;
-        const auto kernel = forward_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys>;
-        const cudaError_t error = allow_shared_memory(kernel, sizeof(typename Kernel::Storage), device, allowed);
-        if (error != cudaSuccess) return error;
-        const int64_t work = int64_t(params.query_grid.num_blocks) * params.query_heads * params.batch;
-        const int blocks = int(std::min<int64_t>(work, multiprocessors(device)));
-        kernel<<<blocks, Kernel::kThreads, sizeof(typename Kernel::Storage), stream>>>(params);
-    }
+    const size_t bytes = sizeof(typename Kernel::Storage);
+    const cudaError_t error = allow_shared_memory(kernel, bytes, device, allowed);
+    if (error != cudaSuccess) return error;
+    kernel<<<blocks, Kernel::kThreads, bytes, stream>>>(params);
     return cudaGetLastError();
+}
+
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
+cudaError_t launch_variant(const ForwardParams& params, int device, cudaStream_t stream) {
+    const auto one_each = [&](int64_t work) { return dim3(unsigned(std::min<int64_t>(work, multiprocessors(device)))); };
+    if constexpr (kHeadDim == 64 && !kRelativePosition) {
+        using Tall = TallForward<T, kHeadDim, kMaskedKeys>;
+        if (params.half_blocks) {
+            return launch_kernel<Tall>(forward_tall<T, kHeadDim, kMaskedKeys>, one_each(Tall::work_count(params)), params,
+                                       device, stream);
+        }
+    }
+    if constexpr (kHeadDim <= 64) {
+        const dim3 blocks(params.query_grid.num_blocks, params.query_heads, params.batch);
+        return launch_kernel<PairedForward<T, kHeadDim, kRelativePosition, kMaskedKeys>>(
+            forward_paired<T, kHeadDim, kRelativePosition, kMaskedKeys>, blocks, params, device, stream);
+    } else {
+        const int64_t work = int64_t(params.query_grid.num_blocks) * params.query_heads * params.batch;
+        return launch_kernel<PersistentForward<T, kHeadDim, kRelativePosition, kMaskedKeys>>(
+            forward_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys>, one_each(work), params, device, stream);
+    }
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_forward(const ForwardParams& params, bool relative_position, int device, cudaStream_t stream) {
     if (relative_position) {
-        return params.mask_keys ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
+        return params.masked_key_blocks > 0 ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
                                 : launch_variant<T, kHeadDim, true, false>(params, device, stream);
     }
-    return params.mask_keys ? launch_variant<T, kHeadDim, false, true>(params, device, stream)
+    return params.masked_key_blocks > 0 ? launch_variant<T, kHeadDim, false, true>(params, device, stream)
                             : launch_variant<T, kHeadDim, false, false>(params, device, stream);
 }
 
