@@ -17,16 +17,15 @@ namespace sparse_attn {
 template <typename T>
 struct KeyPlaces {
     static constexpr int kColumns = kBiasTileHeight + kBiasTileWidth, kHalfBytes = kColumns * 128;
-    // Those of either half, and none, for keys that have no place on the grid.
-    alignas(1024) unsigned char tiles[3][kHalfBytes];
+    alignas(1024) unsigned char tiles[2][kHalfBytes];  // of either half
 
     __device__ __forceinline__ void fill() {
-        for (int i = threadIdx.x; i < 3 * kColumns * 64; i += blockDim.x) {
+        for (int i = threadIdx.x; i < 2 * kColumns * 64; i += blockDim.x) {
             const int half = i / (kColumns * 64), column = i / 64 % kColumns, key = i % 64;
             const bool is_there = column < kBiasTileHeight ? key / kBiasTileWidth + 4 * half == column
                                                            : key % kBiasTileWidth == column - kBiasTileHeight;
             const int offset = column * 128 + ((key / 8 ^ column % 8) << 4) + key % 8 * 2;
-            *reinterpret_cast<T*>(&tiles[half][offset]) = T(half < 2 && is_there ? 1.0f : 0.0f);
+            *reinterpret_cast<T*>(&tiles[half][offset]) = T(is_there ? 1.0f : 0.0f);
         }
     }
 };

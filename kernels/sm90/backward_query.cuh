@@ -153,23 +153,39 @@ struct QueryBackward {
         return before;
     }
 
-    // Log-sum-exps and delta of this thread's two queries; writes them for the other kernel.
-    static __device__ __forceinline__ void find_statistics(const BackwardParams& params, const Storage& storage,
-                                                           int query_block, bool has_keys, float (&offset)[2],
-                                                           float (&delta)[2]) {
+    // What is known of this thread's two queries before anything is computed: L, and the log-sum-exp's gradient as delta.
+    static __device__ __forceinline__ void read_statistics(const BackwardParams& params, BlockCode query_block,
+                                                           float (&offset)[2], float (&delta)[2]) {
         const GridParams& grid = params.query_grid;
-        const BlockPlace place(grid, storage.query_block);
+        const BlockPlace place(grid, query_block);
         const int64_t any_head = int64_t(blockIdx.z) * params.query_heads + blockIdx.y;
         const int64_t first_token = any_head * (grid.prefix + grid.height * grid.width + grid.suffix);
-        const int lane_of_quad = threadIdx.x % 4;
-        float* const statistics =
-            params.statistics + (any_head * grid.num_blocks + query_block) * (2 * kBlockTokens);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int slot = query_row_of_thread() + 8 * i;
-            offset[i] = INFINITY;
+            offset[i] = -INFINITY;
             delta[i] = 0.0f;
+            if (place.exists(slot)) {
+                const int64_t token = first_token + place.token(slot);
+                offset[i] = __ldg(&params.lse[token]) * kLog2E;
+                if (params.grad_lse != nullptr) delta[i] = -__ldg(&params.grad_lse[token]);
+            }
+        }
+    }
+
+    // Completes them, and writes them for the kernel of keys and values.
+    static __device__ __forceinline__ void find_statistics(const BackwardParams& params, const Storage& storage,
+                                                           int query_block, bool has_keys, float (&offset)[2],
+                                                           float (&delta)[2]) {
+        const int64_t any_head = int64_t(blockIdx.z) * params.query_heads + blockIdx.y;
+        const int lane_of_quad = threadIdx.x % 4;
+        float* const statistics =
+            params.statistics + (any_head * params.query_grid.num_blocks + query_block) * (2 * kBlockTokens);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int slot = query_row_of_thread() + 8 * i;
             if (has_keys) {
+                float sum = 0.0f;
 #pragma unroll
                 for (int group = 0; group < 2 * kChunks; group++) {
                     const int column_group = group % 2 * 4 + lane_of_quad;
@@ -180,21 +196,14 @@ struct QueryBackward {
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
                         const float2 x = unpack<T>(outs[j]), y = unpack<T>(grads[j]);
-                        delta[i] = fmaf(x.x, y.x, fmaf(x.y, y.y, delta[i]));
+                        sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
                     }
                 }
-                delta[i] = quad_sum(delta[i]);
-                float log_sum = -INFINITY;
-                if (place.exists(slot)) {
-                    const int64_t token = first_token + place.token(slot);
-                    log_sum = params.lse[token];
-                    if (params.grad_lse != nullptr) delta[i] -= params.grad_lse[token];
-                }
-                if (log_sum == -INFINITY) {
-                    delta[i] = 0.0f;
-                } else {
-                    offset[i] = log_sum * kLog2E;
-                }
+                delta[i] += quad_sum(sum);
+            }
+            if (!has_keys || offset[i] == -INFINITY) {
+                offset[i] = INFINITY;
+                delta[i] = 0.0f;
             }
             float* const pair = statistics + slot / 2 * 4 + slot % 2;
             if (lane_of_quad == 0) pair[0] = offset[i];
@@ -222,6 +231,7 @@ struct QueryBackward {
                 const BlockCode key_block = keys.next(params, storage.key_list, (warp - 1) / kSteps);
                 load_step(storage, params, warp - 1, key_block, warp - 1);
             }
+            read_statistics(params, query_block, offset, delta);
             if constexpr (kRelativePosition) {
                 storage.sums.clear(params);
                 storage.places.fill();
@@ -299,7 +309,7 @@ struct QueryBackward {
             if constexpr (kRelativePosition) {
 #pragma unroll
                 for (int k = 0; k < kKeys / 16; k++) {
-                    const int half = !is_on_grid ? 2 : kSteps == 1 ? k / 4 : step % 2;
+                    const int half = kSteps == 1 ? k / 4 : step % 2;
                     const int places = tile_along_rows(storage.places.tiles[half]);
                     wgmma_sums<T>(sums, a[k], tile_descriptor(places + k % 4 * kDepthStepAlongRows));
                 }
