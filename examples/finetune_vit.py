@@ -78,7 +78,7 @@ CPU = Setting(
     model={"patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 2},
     digit_sizes=(20, 28),
     low=Stage(size=32, copies=1, batch=64, steps=600, learning_rate=2e-3),
-    full=Stage(size=128, copies=6, batch=8, steps=60, learning_rate=1e-3),
+    full=Stage(size=128, copies=6, batch=8, steps=60, learning_rate=5e-4),
     checks=4,
     validation_batches=16,
 )
