@@ -69,16 +69,16 @@ class Setting:
 GPU = Setting(
     model={"patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3},
     digit_sizes=(24, 44),
-    low=Stage(size=64, copies=1, batch=512, steps=1500, learning_rate=2e-3),
+    low=Stage(size=64, copies=1, batch=512, steps=1000, learning_rate=1e-3),
     full=Stage(size=512, copies=12, batch=32, steps=240, learning_rate=5e-4),
     checks=8,
-    validation_batches=64,
+    validation_batches=128,
 )
 CPU = Setting(
     model={"patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 2},
     digit_sizes=(20, 28),
     low=Stage(size=32, copies=1, batch=64, steps=600, learning_rate=2e-3),
-    full=Stage(size=128, copies=6, batch=8, steps=60, learning_rate=1e-3),
+    full=Stage(size=128, copies=6, batch=8, steps=60, learning_rate=5e-4),
     checks=4,
     validation_batches=16,
 )

@@ -201,8 +201,8 @@ class DensitySchedule:
         # Compiled code takes another path for a mask that is declared dense: so all stages are, or none.
         is_dense = all(mask.is_dense for mask in missing.values())
         for key, mask in missing.items():
-            lists = {name: getattr(mask, name) for name in LISTS}
-            self._masks[key] = BlockMask.from_lists(mask.blocks, lists, *geometry, is_dense)
+            lists = {name: getattr(mask, name).contiguous() for name in LISTS}
+            self._masks[key] = BlockMask.from_lists(mask.blocks.contiguous(), lists, *geometry, is_dense)
         return [self._masks[keys[self._density]]]
 
 

@@ -37,7 +37,7 @@ def patch_model(
     hooks, train or eval mode, device, dtype and ``requires_grad`` stay as they are. Patching again starts from the
     original layers, so the last call alone counts. Blocks of Segment Anything that attend within windows are replaced
     too, by ones that read the windows from the image, without padding it. Patch before ``torch.compile`` runs the model
-    for the first time.
+    for the first time, and before ``fully_shard``, which keeps track of the modules that hold its parameters.
 
     The grid of patches is followed from image to image. Tokens that do not fit it (token dropping) get dense
     attention, and the log says so once. Where skipping blocks cannot pay, attention stays dense whatever the pattern;

@@ -11,14 +11,13 @@ The tables, gathered for the positions of an axis, are kept while a parameter do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .autocast import without_autocast
 from .shared_tensors import building_shared_tensors
@@ -123,17 +122,11 @@ def _by_row(query: Tensor, height: int) -> Tensor:
     return tokens_first.view(query.shape[0] * height, -1, query.shape[3])
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """An axis of the image, as a batch of matrices: its positions for each image, each of them for each head.
+class _Axis(NamedTuple):
+    """An axis of the image, as a batch of matrices: its positions for each image, each of them for each head."""
 
-    Args:
-        size: number of positions.
-        period: positions of a window.
-    """
-
-    size: int
-    period: int
+    size: int  # positions
+    period: int  # positions of a window
     images: int = 1
     heads: int = 1
 
@@ -143,26 +136,37 @@ class _Axis:
         return -(-self.period // _ALIGNMENT) * _ALIGNMENT
 
 
-# What was gathered from a table: its version and address then, and the results by axis and dtype.
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class _Kept:
+    """What was gathered from a table, for as long as it is what it was then."""
+
+    def __init__(self, table: Tensor) -> None:
+        key = id(table)
+        self.table = weakref.ref(table, lambda _: _kept.pop(key, None))
+        self.version = table._version
+        self.address = table.data_ptr()
+        self.found: dict[tuple[_Axis, torch.dtype], Tensor] = {}
+
+    def is_of(self, table: Tensor) -> bool:
+        return self.table() is table and self.version == table._version and self.address == table.data_ptr()
+
+
+_kept: dict[int, _Kept] = {}  # by the id of the table
 
 
 def _gathered(table: Tensor, axis: _Axis, dtype: torch.dtype, keep: bool) -> Tensor:
     """:func:`_gather`, or what it gave before. A CUDA graph gathers anew, or its replays would not follow the table."""
     if not keep or table.is_inference() or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _gather(table, axis, dtype)
-    state = (table._version, table.data_ptr(), table.device)
-    entry = _kept.get(table)
-    if entry is None or entry[0] != state:
-        entry = _kept[table] = (state, {})
-    found: dict[tuple[_Axis, torch.dtype], Tensor] = entry[1]
-    gathered = found.get((axis, dtype))
+    entry = _kept.get(id(table))
+    if entry is None or not entry.is_of(table):
+        entry = _kept[id(table)] = _Kept(table)
+    gathered = entry.found.get((axis, dtype))
     if gathered is None:
         with torch.inference_mode(False):
             gathered = _gather(table.detach(), axis, dtype)
-        if len(found) >= _MAX_KEPT:
-            found.clear()
-        found[axis, dtype] = gathered
+        if len(entry.found) >= _MAX_KEPT:
+            entry.found.clear()
+        entry.found[axis, dtype] = gathered
     return gathered
 
 

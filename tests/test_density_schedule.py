@@ -144,6 +144,14 @@ def test_windows_stay_dense():
     torch.compiler.reset()
 
 
+def test_grids_of_a_few_tiles_stay_dense():
+    model = vit(depth=1, dynamic_img_size=True)
+    x = torch.randn(2, 3, 32, 64)  # 16 × 32 patches, 4 tiles
+    DensitySchedule(model, {0: 0.25})
+    torch.testing.assert_close(model(x), unpatch_model(copy.deepcopy(model))(x), atol=1e-4, rtol=1e-4)
+    assert patch_report(model).layers[0].density == 1.0
+
+
 def test_masks_are_made_once_and_shared(monkeypatch):
     made = []
     blocks = LocalWindow.blocks
