@@ -214,6 +214,7 @@ class BlockMask:
 
 
 def _index_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = blocks.contiguous()  # or the lists would inherit its strides, and kernels read them as rows
     with torch.inference_mode(False):
         counts = blocks.sum(-1, dtype=torch.int32)
         indices = torch.argsort((~blocks).to(torch.uint8), dim=-1, stable=True).int()

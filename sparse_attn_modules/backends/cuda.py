@@ -1,7 +1,7 @@
 """The compiled CUDA kernels: block-sparse attention on Hopper GPUs.
 
-The library is compiled on first use if need be; see :mod:`sparse_attn_modules.build`. Gradients are computed by the
-``gathered`` backend from the log-sum-exp saved here.
+The library is compiled on first use if need be; see :mod:`sparse_attn_modules.build`. The backward pass recomputes the
+weights from the log-sum-exp; nothing of size N² exists.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..notices import log_once
 from ..token_grid import TokenGrid
 from . import gathered
-from .interface import AttentionGradients, AttentionInputs, Request
+from .interface import AttentionGradients, AttentionInputs, Request, empty_tokens_before_heads
 
 name = "cuda"
 
@@ -28,6 +29,13 @@ _library.define(
     "forward_sm90(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor(b!)? lse, Tensor? key_counts, "
     "Tensor? key_indices, Tensor? row_order, Tensor? rel_h, Tensor? rel_w, Tensor? key_padding_mask, "
     "int[] query_grid, int[] key_grid, float scale) -> ()"
+)
+_library.define(
+    "backward_sm90(Tensor query, Tensor key, Tensor value, Tensor grad_out, Tensor out, Tensor lse, Tensor? grad_lse, "
+    "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) statistics, "
+    "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, Tensor(g!)? rel_w_sums, Tensor? key_counts, Tensor? key_indices, "
+    "Tensor? row_order, Tensor? query_counts, Tensor? query_indices, Tensor? rel_h, Tensor? rel_w, "
+    "Tensor? key_padding_mask, int[] query_grid, int[] key_grid, float scale) -> ()"
 )
 
 
@@ -76,7 +84,69 @@ def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | N
 def backward(
     inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> AttentionGradients:
-    return gathered.backward(inputs, grad_out, grad_lse, out, lse)
+    if not inputs.is_dense and inputs.query_counts is None:
+        log_once("the cuda backend's gradients are computed by 'gathered': the mask's query lists were not given")
+        return gathered.backward(inputs, grad_out, grad_lse, out, lse)
+    query, scale = inputs.query, inputs.scale
+    if scale <= 0:
+        # As in the forward pass; what this makes of the gradient of the queries is undone below.
+        query, scale = (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
+    grads = _launch_backward(inputs, query, scale, grad_out, grad_lse, out, lse)
+    if inputs.scale < 0:
+        grads.query.neg_()
+    elif inputs.scale == 0:
+        grads.query.zero_()
+    return grads
+
+
+def _launch_backward(
+    inputs: AttentionInputs,
+    query: Tensor,
+    scale: float,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> AttentionGradients:
+    grads = [empty_tokens_before_heads(tensor) for tensor in (inputs.query, inputs.key, inputs.value)]
+    if 0 in inputs.query.shape[:3] or inputs.key.shape[2] == 0:
+        for grad in grads:
+            grad.zero_()
+    places = (*query.shape[:2], inputs.query_grid.num_blocks)
+    statistics = query.new_empty(*places, _BLOCK_TOKENS // 2, 4, dtype=torch.float32)
+    rel_h, rel_w = inputs.rel_h, inputs.rel_w
+    grad_rel_h = grad_rel_w = rel_w_sums = None
+    if rel_h is not None and rel_w is not None:
+        grad_rel_h, grad_rel_w = (rel.new_empty(rel.shape) for rel in (rel_h, rel_w))
+        sums = (inputs.key_grid.tile_columns, _BLOCK_TOKENS * _RELATIVE_POSITION_TILE[1])
+        rel_w_sums = query.new_empty(*places, *sums, dtype=torch.float32)
+        rel_h, rel_w = _aligned(rel_h), _aligned(rel_w)
+    lists: tuple[Tensor | None, ...] = (None,) * 5
+    if not inputs.is_dense:
+        lists = (inputs.key_counts, inputs.key_indices, inputs.row_order, inputs.query_counts, inputs.query_indices)
+    padding = inputs.key_padding_mask
+    torch.ops.sparse_attn_modules.backward_sm90.default(
+        _aligned(query),
+        _aligned(inputs.key),
+        _aligned(inputs.value),
+        _aligned(grad_out),
+        _aligned(out),
+        lse.contiguous(),
+        None if grad_lse is None else grad_lse.contiguous(),
+        *grads,
+        statistics,
+        grad_rel_h,
+        grad_rel_w,
+        rel_w_sums,
+        *lists,
+        rel_h,
+        rel_w,
+        None if padding is None else padding.contiguous(),
+        _geometry(inputs.query_grid),
+        _geometry(inputs.key_grid),
+        scale,
+    )
+    return AttentionGradients(*grads, grad_rel_h, grad_rel_w)
 
 
 def _with_positive_scale(inputs: AttentionInputs, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:

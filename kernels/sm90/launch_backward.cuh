@@ -1,0 +1,54 @@
+// Chooses the variants of the backward pass's kernels, and launches them.
+#pragma once
+
+#include "backward_key.cuh"
+#include "backward_query.cuh"
+#include "launch.h"
+#include "launch_device.cuh"
+
+namespace sparse_attn {
+
+template <typename Kernel>
+cudaError_t launch_backward(void (*kernel)(BackwardParams), dim3 blocks, const BackwardParams& params, int device,
+                            cudaStream_t stream, std::atomic<uint64_t>& allowed) {
+    if (device >= kMaxDevices) return cudaErrorInvalidDevice;
+    constexpr size_t kBytes = sizeof(typename Kernel::Storage);
+    const cudaError_t error = allow_shared_memory(kernel, kBytes, device, allowed);
+    if (error != cudaSuccess) return error;
+    kernel<<<blocks, Kernel::kThreads, kBytes, stream>>>(params);
+    return cudaGetLastError();
+}
+
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
+cudaError_t launch_query_variant(const BackwardParams& params, int device, cudaStream_t stream) {
+    static std::atomic<uint64_t> allowed{0};
+    const dim3 blocks(params.query_grid.num_blocks, params.query_heads, params.batch);
+    return launch_backward<QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys>>(
+        backward_query<T, kHeadDim, kRelativePosition, kMaskedKeys>, blocks, params, device, stream, allowed);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_backward_query(const BackwardParams& params, bool relative_position, int device, cudaStream_t stream) {
+    if (relative_position) {
+        return params.mask_keys ? launch_query_variant<T, kHeadDim, true, true>(params, device, stream)
+                                : launch_query_variant<T, kHeadDim, true, false>(params, device, stream);
+    }
+    return params.mask_keys ? launch_query_variant<T, kHeadDim, false, true>(params, device, stream)
+                            : launch_query_variant<T, kHeadDim, false, false>(params, device, stream);
+}
+
+template <typename T, int kHeadDim, bool kRelativePosition>
+cudaError_t launch_key_variant(const BackwardParams& params, int device, cudaStream_t stream) {
+    static std::atomic<uint64_t> allowed{0};
+    const dim3 blocks(2 * params.key_grid.num_blocks, params.query_heads / params.heads_per_key_head, params.batch);
+    return launch_backward<KeyBackward<T, kHeadDim, kRelativePosition>>(
+        backward_key<T, kHeadDim, kRelativePosition>, blocks, params, device, stream, allowed);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_backward_key(const BackwardParams& params, bool relative_position, int device, cudaStream_t stream) {
+    return relative_position ? launch_key_variant<T, kHeadDim, true>(params, device, stream)
+                             : launch_key_variant<T, kHeadDim, false>(params, device, stream);
+}
+
+}  // namespace sparse_attn
