@@ -9,7 +9,8 @@
 //   second half              S and dP of the next step and dK of this one               | exponentials, from S
 //
 // Products run under arithmetic of the same warpgroup in both halves, and the warpgroups take turns at the exponentials,
-// which keeps them out of step. dQ needs the dS of both, hence comes a step later, when both are surely there.
+// which keeps them out of step. dQ needs the dS of both, hence comes a step later, when both are surely there. Steps follow
+// each other across the borders between blocks of keys, so that little is lost where few queries attend to a block.
 #pragma once
 
 #include "../common/half_block.cuh"
@@ -43,25 +44,26 @@ struct FusedBackward {
     static constexpr bool kIsWide = kHeadDim > 64;
     static constexpr int kQueries = kIsWide ? 64 : 128;  // per step
     static constexpr int kHalves = kQueries / kHalfBlockTokens;
-    static constexpr int kStages = 3;         // of queries, and of dS
-    static constexpr int kGradOutStages = 2;
+    static constexpr int kQueryStages = 3;
+    static constexpr int kStages = 2;  // of everything else
     static constexpr int kChunks = (kHeadDim + 63) / 64;
     static constexpr int kHalfBytes = kHalfBlockTokens * 128;  // of one chunk
     static constexpr int kKeyChunkBytes = kBlockTokens * 128, kQueryChunkBytes = kQueries * 128;
     static constexpr int kKeyBytes = kChunks * kKeyChunkBytes, kQueryBytes = kChunks * kQueryChunkBytes;
-    static constexpr int kConsumersBarrier = 6;
 
     struct Storage {
-        alignas(1024) unsigned char key[kKeyBytes];
+        alignas(1024) unsigned char key[kStages][kKeyBytes];
         alignas(1024) unsigned char value[kKeyBytes];
-        alignas(1024) unsigned char query[kStages][kQueryBytes];
-        alignas(1024) unsigned char grad_out[kGradOutStages][kQueryBytes];
+        alignas(1024) unsigned char query[kQueryStages][kQueryBytes];
+        alignas(1024) unsigned char grad_out[kStages][kQueryBytes];
         alignas(1024) unsigned char grads[kStages][2][kQueryChunkBytes];  // dS, a chunk for each warpgroup's 64 keys
-        alignas(16) PairStatistics statistics[kStages][kQueries / 2];
-        int half_block[kStages];  // of queries, the step's first: its number over all batch entries and heads
-        int steps;                // of the block of keys
-        uint64_t key_full, key_free, query_full[kStages], query_free[kStages];
-        uint64_t grad_out_full[kGradOutStages], grad_out_free[kGradOutStages], grads_full[kStages];
+        alignas(16) PairStatistics statistics[kQueryStages][kQueries / 2];
+        int half_block[kQueryStages];  // of queries, the step's first: its number over all batch entries and heads
+        int work[kStages], steps[kStages];  // of the block of keys
+        uint64_t key_full[kStages], key_free[kStages], value_full, value_free;
+        uint64_t query_full[kQueryStages], query_free[kQueryStages];
+        uint64_t grad_out_full[kStages], grads_full[kStages];
+        uint64_t grad_out_free[kStages];  // and the dS of the step before
     };
     static_assert(sizeof(Storage) <= 227 * 1024, "a thread block cannot have more shared memory");
 
@@ -75,6 +77,7 @@ struct FusedBackward {
             head = any_head - batch * heads;
         }
     };
+    static constexpr int kNoWork = -1;
     static __device__ __forceinline__ int work_count(const BackwardParams& params) {
         return params.key_grid.num_blocks * (params.query_heads / params.heads_per_key_head) * params.batch;
     }
@@ -103,11 +106,13 @@ struct FusedBackward {
     // Half blocks from `half` on, into a tile of kRows rows; called by a whole warp.
     template <int kRows>
     static __device__ __forceinline__ void load(unsigned char* tile, const TensorMaps& maps, const GridParams& grid,
-                                                BlockCode block, int half, int head, int batch, uint64_t* full) {
+                                                BlockCode block, int half, int head, int batch, uint64_t* full,
+                                                int shift = 0) {
         with_map(maps, block, [&](const CUtensorMap* map) {
 #pragma unroll
             for (int i = 0; i < kRows / kHalfBlockTokens; i++) {
                 TileCoordinates at = half_block_at(grid, block, half + i, head, batch);
+                at.x += shift;
 #pragma unroll
                 for (int chunk = 0; chunk < kChunks; chunk++) {
                     at.column = 64 * chunk;
@@ -117,58 +122,82 @@ struct FusedBackward {
         });
     }
 
-    // The producer warp runs ahead as far as the rings reach, across the borders between blocks of keys.
+    // The producer warp runs ahead as far as the rings reach. A block of keys that nobody attends to takes one step of
+    // queries that do not exist.
     static __device__ __forceinline__ void produce(const BackwardParams& params, Storage& storage) {
-        Ring<kStages> queries;
-        Ring<kGradOutStages> grad_outs;
-        uint32_t key_parity = 1;
-        for (int index = blockIdx.x; index < work_count(params); index += gridDim.x) {
+        const int lane = threadIdx.x % 32;
+        Ring<kQueryStages> queries;
+        Ring<kStages> grad_outs, keys;
+        uint32_t value_parity = 1;
+        for (int index = blockIdx.x; index < work_count(params); index = take_work(params)) {
             const Work work(params, index);
             const BlockCode key_block = warp_uniform(code_of_block(params.key_grid, work.key_block));
             QueryList list;
             list.open(params, work.key_block, work.head, work.batch);
-            const int steps = list.total(params) * (kBlockTokens / kQueries);
-            const auto load_keys = [&] {
-                barrier_wait(&storage.key_free, key_parity);
-                key_parity ^= 1;
-                if (threadIdx.x % 32 == 0) storage.steps = steps;
-                __syncwarp();
-                uint64_t* full = &storage.key_full;
-                barrier_arrive_expect(full, steps == 0 ? 0 : 2 * kKeyBytes);
-                if (steps == 0) return;
-                load<kBlockTokens>(storage.key, params.key, params.key_grid, key_block, 0, work.head, work.batch, full);
-                load<kBlockTokens>(storage.value, params.value, params.key_grid, key_block, 0, work.head, work.batch, full);
-            };
-            if (steps == 0) load_keys();
-            BlockCode block = 0;
+            const int attending = list.total(params) * (kBlockTokens / kQueries), steps = max(attending, 1);
+            const int nowhere = attending == 0 ? -kBlockTokens : 0;
+            BlockCode block = code_of_block(params.query_grid, 0);
             for (int step = 0; step < steps; step++) {
                 const int half = kHalves == 2 ? 0 : step % 2;
-                if (half == 0) block = list.next(params);
-                const int any_head = work.batch * params.query_heads + list.head;
+                if (half == 0 && attending > 0) block = list.next(params);
                 const int half_block = 2 * block_of_code(params.query_grid, block) + half;
+                const int any_head = work.batch * params.query_heads + list.head;
 
+                uint64_t* full = &storage.query_full[queries.slot];
+                PairStatistics* statistics = storage.statistics[queries.slot];
                 barrier_wait(&storage.query_free[queries.slot], queries.parity ^ 1);
-                if (threadIdx.x % 32 == 0) {
+                if (lane == 0) {
                     storage.half_block[queries.slot] = any_head * 2 * params.query_grid.num_blocks + half_block;
                 }
+                if (attending == 0) {
+                    for (int i = lane; i < kQueries / 2; i += 32) statistics[i] = {{INFINITY, INFINITY}, {0.0f, 0.0f}};
+                }
                 __syncwarp();
-                uint64_t* full = &storage.query_full[queries.slot];
-                barrier_arrive_expect(full, kQueryBytes + sizeof(storage.statistics[0]));
+                barrier_arrive_expect(full, kQueryBytes + (attending == 0 ? 0 : sizeof(storage.statistics[0])));
                 load<kQueries>(storage.query[queries.slot], params.query, params.query_grid, block, half, list.head,
-                               work.batch, full);
-                load_statistics<kHalves>(storage.statistics[queries.slot], params, half_block, list.head, work.batch, full);
+                               work.batch, full, nowhere);
+                if (attending > 0) load_statistics<kHalves>(statistics, params, half_block, list.head, work.batch, full);
                 queries.advance();
-                // The first queries are asked for before the keys, whose place is free only now.
-                if (step == 0) load_keys();
+
+                if (step == 0) {
+                    full = &storage.key_full[keys.slot];
+                    barrier_wait(&storage.key_free[keys.slot], keys.parity ^ 1);
+                    if (lane == 0) {
+                        storage.work[keys.slot] = index;
+                        storage.steps[keys.slot] = steps;
+                    }
+                    __syncwarp();
+                    barrier_arrive_expect(full, kKeyBytes);
+                    load<kBlockTokens>(storage.key[keys.slot], params.key, params.key_grid, key_block, 0, work.head,
+                                       work.batch, full);
+                    keys.advance();
+                    barrier_wait(&storage.value_free, value_parity);
+                    value_parity ^= 1;
+                    barrier_arrive_expect(&storage.value_full, kKeyBytes);
+                    load<kBlockTokens>(storage.value, params.value, params.key_grid, key_block, 0, work.head, work.batch,
+                                       &storage.value_full);
+                }
 
                 full = &storage.grad_out_full[grad_outs.slot];
                 barrier_wait(&storage.grad_out_free[grad_outs.slot], grad_outs.parity ^ 1);
                 barrier_arrive_expect(full, kQueryBytes);
                 load<kQueries>(storage.grad_out[grad_outs.slot], params.grad_out, params.query_grid, block, half, list.head,
-                               work.batch, full);
+                               work.batch, full, nowhere);
                 grad_outs.advance();
             }
         }
+        barrier_wait(&storage.key_free[keys.slot], keys.parity ^ 1);
+        if (lane == 0) {
+            storage.work[keys.slot] = kNoWork;
+            barrier_arrive(&storage.key_full[keys.slot]);
+        }
+    }
+
+    // Blocks of keys are handed out as thread blocks get to them: how many queries attend to them differs.
+    static __device__ __forceinline__ int take_work(const BackwardParams& params) {
+        int taken = 0;
+        if (threadIdx.x % 32 == 0) taken = atomicAdd(params.blocks_taken, 1);
+        return warp_uniform(taken) + gridDim.x;
     }
 
     // S^T or dP^T of the warpgroup's keys.
@@ -210,9 +239,9 @@ struct FusedBackward {
     // dQ = dS K of a step. The warpgroups share it by queries, or, if there are 64, by chunks of columns.
     static constexpr int kGradQueryColumns = kIsWide ? 64 : kHeadDim;
     static __device__ __forceinline__ void issue_grad_query(float (&gradient)[kGradQueryColumns / 2], Storage& storage,
-                                                            int slot, int warpgroup) {
+                                                            int slot, int key_slot, int warpgroup) {
         const int grads = tile_along_rows(storage.grads[slot][0] + (kIsWide ? 0 : warpgroup * kHalfBytes));
-        const int keys = tile_down_rows(storage.key + (kIsWide ? warpgroup * kKeyChunkBytes : 0), kKeyChunkBytes);
+        const int keys = tile_down_rows(storage.key[key_slot] + (kIsWide ? warpgroup * kKeyChunkBytes : 0), kKeyChunkBytes);
 #pragma unroll
         for (int step = 0; step < kBlockTokens / 16; step++) {
             const int along = step / 4 * (kQueryChunkBytes >> 4) + step % 4 * kDepthStepAlongRows;
@@ -267,194 +296,232 @@ struct FusedBackward {
     }
 
     // Bits of the packed weights of this thread's two keys that may stay.
-    static __device__ __forceinline__ void existing_keys(uint32_t (&exists)[2], const BackwardParams& params,
-                                                         BlockCode key_block, int batch) {
+    static __device__ __forceinline__ void existing_keys(uint32_t (&exists)[2], const BackwardParams& params, int index) {
         const GridParams& grid = params.key_grid;
-        const BlockPlace place(grid, key_block);
+        const Work work(params, index);
+        const BlockPlace place(grid, code_of_block(grid, work.key_block));
         const int64_t tokens = grid.prefix + grid.height * grid.width + grid.suffix;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int slot = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i;
             bool present = place.exists(slot);
-            if (present && params.key_padding != nullptr) present = !params.key_padding[batch * tokens + place.token(slot)];
+            if (present && params.key_padding != nullptr) present = !params.key_padding[work.batch * tokens + place.token(slot)];
             exists[i] = present ? 0xffffffff : 0;
         }
-    }
-
-    // Waits for both warpgroups.
-    static __device__ __forceinline__ void consumers_sync() {
-        asm volatile("bar.sync %0, %1;" ::"n"(kConsumersBarrier), "n"(32 * kConsumerWarps) : "memory");
     }
 
     static __device__ __forceinline__ void consume(const BackwardParams& params, Storage& storage) {
         const int warpgroup = warp_uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
         const bool leader = threadIdx.x % 128 == 0;
-        const int own_keys = tile_along_rows(storage.key + warpgroup * kHalfBytes);
         const int own_values = tile_along_rows(storage.value + warpgroup * kHalfBytes);
-        Ring<kStages> queries;
-        Ring<kGradOutStages> grad_outs;
-        uint32_t key_parity = 0;
+        const auto own_keys = [&](int slot) { return tile_along_rows(storage.key[slot] + warpgroup * kHalfBytes); };
+        Ring<kQueryStages> queries;
+        Ring<kStages> steps, keys;  // of gradients of outputs, and of dS; of blocks of keys
+        uint32_t value_parity = 0;
+        int index = blockIdx.x;
         if (warpgroup == 1) give_turn(0);
 
-        for (int index = blockIdx.x; index < work_count(params); index += gridDim.x) {
-            const Work work(params, index);
-            const BlockCode key_block = warp_uniform(code_of_block(params.key_grid, work.key_block));
-            uint32_t exists[2];
-            existing_keys(exists, params, key_block, work.batch);
-            float grad_key[kHeadDim / 2], grad_value[kHeadDim / 2];
-#pragma unroll
-            for (int i = 0; i < kHeadDim / 2; i++) grad_key[i] = grad_value[i] = 0.0f;
-            barrier_wait(&storage.key_full, key_parity);
-            key_parity ^= 1;
-            const int steps = warp_uniform(storage.steps);
-
-            uint32_t weights[kQueries / 16][4];
-            float grads[kQueries / 2];
-            if (steps > 0) {
-                float scores[kQueries / 2];
-                barrier_wait(&storage.query_full[queries.slot], queries.parity);
-                barrier_wait(&storage.grad_out_full[grad_outs.slot], grad_outs.parity);
-                wgmma_fence();
-                issue_scores(scores, own_keys, tile_along_rows(storage.query[queries.slot]));
-                issue_scores(grads, own_values, tile_along_rows(storage.grad_out[grad_outs.slot]));
-                wgmma_wait<1>(scores);
-                await_turn(warpgroup);
-                exponentiate(weights, scores, storage.statistics[queries.slot], params.scale_log2, exists);
-                give_turn(warpgroup ^ 1);
-                wgmma_wait<0>(grads);
-            }
-            int half_block_before = 0;
-            for (int step = 0; step < steps; step++) {
-                const Ring<kStages> next = queries.next(), before = queries.before();
-                // The first step computes a dQ that nobody adds.
-                float grad_query[kGradQueryColumns / 2];
-                if (step > 0) barrier_wait(&storage.grads_full[before.slot], before.parity);
-                pin_registers(grad_value);
-                pin_operands(weights);
-                wgmma_fence();
-                issue_grad_value(grad_value, weights, tile_down_rows(storage.grad_out[grad_outs.slot], kQueryChunkBytes));
-                issue_grad_query(grad_query, storage, before.slot, warpgroup);
-                uint32_t packed_grads[kQueries / 16][4];
-#pragma unroll
-                for (int i = 0; i < kQueries / 8; i++) {
-                    const float2 delta = storage.statistics[queries.slot][4 * i + lane % 4].delta;
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        packed_grads[i / 2][i % 2 * 2 + j] =
-                            score_gradient<T>(weights[i / 2][i % 2 * 2 + j], grads[4 * i + 2 * j] - delta.x,
-                                              grads[4 * i + 2 * j + 1] - delta.y);
-                    }
-                }
-                // The last readers of this place were the dQ of three steps ago, issued in the step before the last.
-                if (step > 1) barrier_wait(&storage.query_free[next.slot], next.parity ^ 1);
-                stage_grads(storage.grads[queries.slot][warpgroup], packed_grads);
-                fence_async_proxy();
-                wgmma_wait<0>(grad_value);
-                pin_registers(grad_query);
-                __syncwarp();
-                if (lane == 0) {
-                    barrier_arrive(&storage.grads_full[queries.slot]);
-                    barrier_arrive(&storage.grad_out_free[grad_outs.slot]);
-                }
-                const int half_block = storage.half_block[queries.slot];
-                if (step > 0) add_grad_query(params, half_block_before, warpgroup, grad_query);
-                half_block_before = half_block;
-                // Before dS is written where an earlier block's gradients lie, their copy must have read them.
-                if (leader && step == 0) tma_store_wait_read();
-                warpgroup_sync(warpgroup);
-
-                // The last step computes scores again that nobody reads.
-                const bool last = step + 1 == steps;
-                const Ring<kStages> ahead = last ? queries : next;
-                const Ring<kGradOutStages> grad_ahead = last ? grad_outs : grad_outs.next();
-                barrier_wait(&storage.query_full[ahead.slot], ahead.parity);
-                if (!last) barrier_wait(&storage.grad_out_full[grad_ahead.slot], grad_ahead.parity);
-                float scores[kQueries / 2];
-                pin_registers(grad_key);
-                wgmma_fence();
-                issue_scores(scores, own_keys, tile_along_rows(storage.query[ahead.slot]));
-                issue_scores(grads, own_values, tile_along_rows(storage.grad_out[grad_ahead.slot]));
-                issue_grad_key(grad_key, tile_down_rows(storage.grads[queries.slot][warpgroup], kQueryChunkBytes),
-                               tile_down_rows(storage.query[queries.slot], kQueryChunkBytes));
-                wgmma_wait<2>(scores);
-                await_turn(warpgroup);
-                exponentiate(weights, scores, storage.statistics[ahead.slot], params.scale_log2, exists);
-                // Long done; but the compiler, which would wait for dK before the exponentials, does not look past it.
-                pin_operands(weights);
-                barrier_wait(&storage.query_full[ahead.slot], ahead.parity);
-                give_turn(warpgroup ^ 1);
-                wgmma_wait<0>(grads);
-                pin_registers(grad_key);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(&storage.query_free[queries.slot]);
-                queries.advance();
-                grad_outs.advance();
-            }
-            const Ring<kStages> before = queries.before();
-            if (steps > 0) {
-                barrier_wait(&storage.grads_full[before.slot], before.parity);
-                float grad_query[kGradQueryColumns / 2];
-                wgmma_fence();
-                issue_grad_query(grad_query, storage, before.slot, warpgroup);
-                wgmma_wait<0>(grad_query);
-                add_grad_query(params, half_block_before, warpgroup, grad_query);
-            }
-            end(params, storage, work, key_block, before.slot, warpgroup, leader, grad_key, grad_value);
+        uint32_t exists[2];
+        existing_keys(exists, params, index);
+        float grad_key[kHeadDim / 2], grad_value[kHeadDim / 2];
+        clear(grad_key, grad_value);
+        uint32_t weights[kQueries / 16][4];
+        float grads[kQueries / 2];
+        barrier_wait(&storage.key_full[0], 0);
+        barrier_wait(&storage.value_full, 0);
+        int left = warp_uniform(storage.steps[0]);  // of the block of keys, with this one
+        {
+            float scores[kQueries / 2];
+            barrier_wait(&storage.query_full[0], 0);
+            barrier_wait(&storage.grad_out_full[0], 0);
+            wgmma_fence();
+            issue_scores(scores, own_keys(0), tile_along_rows(storage.query[0]));
+            issue_scores(grads, own_values, tile_along_rows(storage.grad_out[0]));
+            wgmma_wait<1>(scores);
+            await_turn(warpgroup);
+            exponentiate(weights, scores, storage.statistics[0], params.scale_log2, exists);
+            give_turn(warpgroup ^ 1);
+            wgmma_wait<0>(grads);
+            __syncwarp();
+            if (lane == 0 && left == 1) barrier_arrive(&storage.value_free);
         }
+        bool is_first = true, follows_border = false;
+        int half_block_before = 0, key_slot_before = 0;
+        while (true) {
+            const Ring<kStages> before = steps.before();
+            // The first step of all computes a dQ that nobody adds.
+            float grad_query[kGradQueryColumns / 2];
+            if (!is_first) barrier_wait(&storage.grads_full[before.slot], before.parity);
+            pin_registers(grad_value);
+            pin_operands(weights);
+            wgmma_fence();
+            issue_grad_value(grad_value, weights, tile_down_rows(storage.grad_out[steps.slot], kQueryChunkBytes));
+            issue_grad_query(grad_query, storage, before.slot, key_slot_before, warpgroup);
+            uint32_t packed_grads[kQueries / 16][4];
+#pragma unroll
+            for (int i = 0; i < kQueries / 8; i++) {
+                const float2 delta = storage.statistics[queries.slot][4 * i + lane % 4].delta;
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    packed_grads[i / 2][i % 2 * 2 + j] = score_gradient<T>(
+                        weights[i / 2][i % 2 * 2 + j], grads[4 * i + 2 * j] - delta.x, grads[4 * i + 2 * j + 1] - delta.y);
+                }
+            }
+            // This place was read by the dQ of the step before the last, and by the copies of finished gradients.
+            if (!is_first) barrier_wait(&storage.grad_out_free[before.slot], before.parity);
+            if (follows_border) {
+                if (leader) tma_store_wait_read();
+                warpgroup_sync(warpgroup);
+            }
+            stage_grads(storage.grads[steps.slot][warpgroup], packed_grads);
+            fence_async_proxy();
+            wgmma_wait<0>(grad_value);
+            pin_registers(grad_query);
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive(&storage.grads_full[steps.slot]);
+                barrier_arrive(&storage.grad_out_free[steps.slot]);
+                if (follows_border) barrier_arrive(&storage.key_free[key_slot_before]);
+            }
+            const int half_block = storage.half_block[queries.slot];
+            if (!is_first) add_grad_query(params, half_block_before, warpgroup, grad_query);
+            half_block_before = half_block;
+            key_slot_before = keys.slot;
+            is_first = false;
+            warpgroup_sync(warpgroup);
+
+            // The next step, which may be another block's. The last of all computes scores again that nobody reads.
+            follows_border = left == 1;
+            bool is_last = false;
+            Ring<kStages> next_keys = keys;
+            int next_index = index;
+            if (follows_border) {
+                next_keys.advance();
+                barrier_wait(&storage.key_full[next_keys.slot], next_keys.parity);
+                next_index = warp_uniform(storage.work[next_keys.slot]);
+                is_last = next_index == kNoWork;
+                if (is_last) {
+                    next_keys = keys;
+                } else {
+                    value_parity ^= 1;
+                    barrier_wait(&storage.value_full, value_parity);
+                    left = warp_uniform(storage.steps[next_keys.slot]);
+                    existing_keys(exists, params, next_index);
+                }
+            } else {
+                left--;
+            }
+            const Ring<kQueryStages> next_queries = is_last ? queries : queries.next();
+            const Ring<kStages> next_step = is_last ? steps : steps.next();
+            barrier_wait(&storage.query_full[next_queries.slot], next_queries.parity);
+            barrier_wait(&storage.grad_out_full[next_step.slot], next_step.parity);
+            float scores[kQueries / 2];
+            pin_registers(grad_key);
+            wgmma_fence();
+            issue_scores(scores, own_keys(next_keys.slot), tile_along_rows(storage.query[next_queries.slot]));
+            issue_scores(grads, own_values, tile_along_rows(storage.grad_out[next_step.slot]));
+            issue_grad_key(grad_key, tile_down_rows(storage.grads[steps.slot][warpgroup], kQueryChunkBytes),
+                           tile_down_rows(storage.query[queries.slot], kQueryChunkBytes));
+            wgmma_wait<2>(scores);
+            await_turn(warpgroup);
+            exponentiate(weights, scores, storage.statistics[next_queries.slot], params.scale_log2, exists);
+            // Long done; but the compiler, which would wait for dK before the exponentials, does not look past it.
+            pin_operands(weights);
+            barrier_wait(&storage.query_full[next_queries.slot], next_queries.parity);
+            give_turn(warpgroup ^ 1);
+            wgmma_wait<0>(grads);
+            pin_registers(grad_key);
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive(&storage.query_free[queries.slot]);
+                if (left == 1 && !is_last) barrier_arrive(&storage.value_free);
+            }
+            if (follows_border) {
+                // Both warpgroups are done with the dS of the step before, whose place the gradients leave through.
+                barrier_wait(&storage.grad_out_free[steps.slot], steps.parity);
+                store_gradients(params, storage.grads[steps.slot ^ 1][warpgroup], index, warpgroup, grad_key, grad_value);
+                if (is_last) break;
+                clear(grad_key, grad_value);
+                index = next_index;
+                keys = next_keys;
+            }
+            queries = next_queries;
+            steps = next_step;
+        }
+        barrier_wait(&storage.grads_full[steps.slot], steps.parity);
+        float grad_query[kGradQueryColumns / 2];
+        wgmma_fence();
+        issue_grad_query(grad_query, storage, steps.slot, keys.slot, warpgroup);
+        wgmma_wait<0>(grad_query);
+        add_grad_query(params, half_block_before, warpgroup, grad_query);
         if (leader) tma_store_wait_read();
     }
 
-    // The gradients of keys and values leave through the place of the last dS, or, where that is too small, of K and V.
-    static __device__ __forceinline__ void end(const BackwardParams& params, Storage& storage, const Work& work,
-                                               BlockCode key_block, int slot, int warpgroup, bool leader,
-                                               const float (&grad_key)[kHeadDim / 2],
-                                               const float (&grad_value)[kHeadDim / 2]) {
-        unsigned char* const key =
-            kIsWide ? storage.key + warpgroup * kChunks * kHalfBytes : storage.grads[slot][warpgroup];
-        unsigned char* const value =
-            kIsWide ? storage.value + warpgroup * kChunks * kHalfBytes : storage.grads[slot][warpgroup] + kHalfBytes;
+    static __device__ __forceinline__ void clear(float (&grad_key)[kHeadDim / 2], float (&grad_value)[kHeadDim / 2]) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; i++) grad_key[i] = grad_value[i] = 0.0f;
+    }
+
+    // The last copies may still read `tile` when this returns.
+    static __device__ __forceinline__ void store_gradients(const BackwardParams& params, unsigned char* tile, int index,
+                                                           int warpgroup, const float (&grad_key)[kHeadDim / 2],
+                                                           const float (&grad_value)[kHeadDim / 2]) {
+        const Work work(params, index);
+        const BlockCode block = warp_uniform(code_of_block(params.key_grid, work.key_block));
+        const bool leader = threadIdx.x % 128 == 0;
+        const TileCoordinates at = half_block_at(params.key_grid, block, warpgroup, work.head, work.batch);
+        if constexpr (kIsWide) {
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; chunk++) {
+                store_chunk(params.grad_key, tile, block, at, chunk, warpgroup, leader, grad_key, params.scale);
+                store_chunk(params.grad_value, tile, block, at, chunk, warpgroup, leader, grad_value, 1.0f);
+            }
+        } else {
+            stage_half_block<T, kHeadDim>(tile, grad_key, params.scale);
+            stage_half_block<T, kHeadDim>(tile + kHalfBytes, grad_value, 1.0f);
+            fence_async_proxy();
+            warpgroup_sync(warpgroup);
+            if (!leader) return;
+            with_map(params.grad_key, block, [&](const CUtensorMap* map) { tma_store(map, tile, at); });
+            with_map(params.grad_value, block, [&](const CUtensorMap* map) { tma_store(map, tile + kHalfBytes, at); });
+            tma_store_commit();
+        }
+    }
+
+    // Up to 64 columns, through a tile that has room for no more.
+    static __device__ __forceinline__ void store_chunk(const TensorMaps& maps, unsigned char* tile, BlockCode block,
+                                                       TileCoordinates at, int chunk, int warpgroup, bool leader,
+                                                       const float (&gradient)[kHeadDim / 2], float factor) {
         if (leader) tma_store_wait_read();
-        consumers_sync();
-        if (!kIsWide && leader) barrier_arrive(&storage.key_free);
-        const bool kept[2] = {true, true};
-        stage_half_block<T, kHeadDim>(key, grad_key, params.scale, kept);
-        stage_half_block<T, kHeadDim>(value, grad_value, 1.0f, kept);
+        warpgroup_sync(warpgroup);
+        constexpr int kLast = kHeadDim - 64;
+        if (chunk == 0) {
+            stage_half_block<T, 64>(tile, reinterpret_cast<const float(&)[32]>(gradient[0]), factor);
+        } else {
+            stage_half_block<T, kLast>(tile, reinterpret_cast<const float(&)[kLast / 2]>(gradient[32]), factor);
+        }
         fence_async_proxy();
         warpgroup_sync(warpgroup);
         if (!leader) return;
-        store(params.grad_key, params.key_grid, key, key_block, warpgroup, work);
-        store(params.grad_value, params.key_grid, value, key_block, warpgroup, work);
+        at.column = 64 * chunk;
+        with_map(maps, block, [&](const CUtensorMap* map) { tma_store(map, tile, at); });
         tma_store_commit();
-        if (kIsWide) {
-            tma_store_wait_read();
-            barrier_arrive(&storage.key_free);
-        }
-    }
-
-    static __device__ __forceinline__ void store(const TensorMaps& maps, const GridParams& grid, const unsigned char* tile,
-                                                 BlockCode block, int half, const Work& work) {
-        TileCoordinates at = half_block_at(grid, block, half, work.head, work.batch);
-        with_map(maps, block, [&](const CUtensorMap* map) {
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; chunk++) {
-                at.column = 64 * chunk;
-                tma_store(map, tile + chunk * kHalfBytes, at);
-            }
-        });
     }
 
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
         if (threadIdx.x == 0) {
-            barrier_init(&storage.key_full, 1);
-            barrier_init(&storage.key_free, 2);
-            for (int stage = 0; stage < kStages; stage++) {
+            barrier_init(&storage.value_full, 1);
+            barrier_init(&storage.value_free, kConsumerWarps);
+            for (int stage = 0; stage < kQueryStages; stage++) {
                 barrier_init(&storage.query_full[stage], 1);
                 barrier_init(&storage.query_free[stage], kConsumerWarps);
-                barrier_init(&storage.grads_full[stage], kConsumerWarps);
             }
-            for (int stage = 0; stage < kGradOutStages; stage++) {
+            for (int stage = 0; stage < kStages; stage++) {
+                barrier_init(&storage.key_full[stage], 1);
+                barrier_init(&storage.key_free[stage], kConsumerWarps);
                 barrier_init(&storage.grad_out_full[stage], 1);
                 barrier_init(&storage.grad_out_free[stage], kConsumerWarps);
+                barrier_init(&storage.grads_full[stage], kConsumerWarps);
             }
             barrier_init_fence();
         }

@@ -38,6 +38,7 @@ struct PrepareBackward {
         const int64_t any_head = int64_t(batch) * params.query_heads + head;
         const int64_t any_half_block = any_head * gridDim.x + blockIdx.x;
         if (threadIdx.x == 0) {
+            if (any_half_block == 0) *params.blocks_taken = 0;
             barrier_init(&storage.full, 1);
             barrier_init_fence();
         }
