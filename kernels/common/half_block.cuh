@@ -55,8 +55,8 @@ __device__ __forceinline__ void stage_half_block(unsigned char* tile, const floa
 
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void stage_half_block(unsigned char* tile, const float (&values)[kHeadDim / 2], float factor) {
-    const bool kAllKept[2] = {true, true};
-    stage_half_block<T, kHeadDim>(tile, values, factor, kAllKept);
+    const bool kept[2] = {true, true};
+    stage_half_block<T, kHeadDim>(tile, values, factor, kept);
 }
 
 }  // namespace sparse_attn

@@ -78,7 +78,7 @@ struct FusedBackward {
         }
     };
     static constexpr int kNoWork = -1;
-    static __device__ __forceinline__ int work_count(const BackwardParams& params) {
+    static __host__ __device__ __forceinline__ int work_count(const BackwardParams& params) {
         return params.key_grid.num_blocks * (params.query_heads / params.heads_per_key_head) * params.batch;
     }
 
@@ -265,14 +265,22 @@ struct FusedBackward {
         }
     }
 
+    // Some of the offsets L are read before it is the warpgroup's turn: as many as there are registers for.
+    static constexpr int kEarlyOffsets = kIsWide ? 2 : 8;
+    static __device__ __forceinline__ void read_offsets(float2 (&offsets)[kEarlyOffsets], const PairStatistics* statistics) {
+#pragma unroll
+        for (int i = 0; i < kEarlyOffsets; i++) offsets[i] = statistics[4 * i + threadIdx.x % 4].offset;
+    }
+
     // exp2(scale_log2 s - L), packed; keys that do not exist get 0.
     static __device__ __forceinline__ void exponentiate(uint32_t (&weights)[kQueries / 16][4],
                                                         const float (&scores)[kQueries / 2],
+                                                        const float2 (&early_offsets)[kEarlyOffsets],
                                                         const PairStatistics* statistics, float scale_log2,
                                                         const uint32_t (&exists)[2]) {
 #pragma unroll
         for (int i = 0; i < kQueries / 8; i++) {
-            const float2 offset = statistics[4 * i + threadIdx.x % 4].offset;
+            const float2 offset = i < kEarlyOffsets ? early_offsets[i] : statistics[4 * i + threadIdx.x % 4].offset;
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const float x = exp2_approximate(fmaf(scores[4 * i + 2 * j], scale_log2, -offset.x));
@@ -337,9 +345,11 @@ struct FusedBackward {
             wgmma_fence();
             issue_scores(scores, own_keys(0), tile_along_rows(storage.query[0]));
             issue_scores(grads, own_values, tile_along_rows(storage.grad_out[0]));
+            float2 offsets[kEarlyOffsets];
+            read_offsets(offsets, storage.statistics[0]);
             wgmma_wait<1>(scores);
             await_turn(warpgroup);
-            exponentiate(weights, scores, storage.statistics[0], params.scale_log2, exists);
+            exponentiate(weights, scores, offsets, storage.statistics[0], params.scale_log2, exists);
             give_turn(warpgroup ^ 1);
             wgmma_wait<0>(grads);
             __syncwarp();
@@ -422,9 +432,11 @@ struct FusedBackward {
             issue_scores(grads, own_values, tile_along_rows(storage.grad_out[next_step.slot]));
             issue_grad_key(grad_key, tile_down_rows(storage.grads[steps.slot][warpgroup], kQueryChunkBytes),
                            tile_down_rows(storage.query[queries.slot], kQueryChunkBytes));
+            float2 offsets[kEarlyOffsets];
+            read_offsets(offsets, storage.statistics[next_queries.slot]);
             wgmma_wait<2>(scores);
             await_turn(warpgroup);
-            exponentiate(weights, scores, storage.statistics[next_queries.slot], params.scale_log2, exists);
+            exponentiate(weights, scores, offsets, storage.statistics[next_queries.slot], params.scale_log2, exists);
             // Long done; but the compiler, which would wait for dK before the exponentials, does not look past it.
             pin_operands(weights);
             barrier_wait(&storage.query_full[next_queries.slot], next_queries.parity);

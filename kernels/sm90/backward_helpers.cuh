@@ -11,6 +11,7 @@ namespace sparse_attn {
 // A thread block of 128 threads per half block of queries: delta = rowsum(dO O) less the gradient of the log-sum-exp.
 template <typename T, int kHeadDim>
 struct PrepareBackward {
+    static constexpr int kThreads = 128;
     static constexpr int kChunks = (kHeadDim + 63) / 64;
     static constexpr int kChunkBytes = kHalfBlockTokens * 128;
 
@@ -103,38 +104,52 @@ __global__ void __launch_bounds__(128) prepare_backward(const __grid_constant__ 
 
 // A thread block of 128 threads per half block of queries: dQ = scale * sums.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(128) finish_query_gradient(const __grid_constant__ BackwardParams params) {
-    constexpr int kChunks = (kHeadDim + 63) / 64, kChunkBytes = kHalfBlockTokens * 128;
-    __shared__ alignas(1024) unsigned char tile[kChunks * kChunkBytes];
-    const GridParams& grid = params.query_grid;
-    const int head = blockIdx.y, batch = blockIdx.z;
-    const BlockCode block = warp_uniform(code_of_block(grid, blockIdx.x / 2));
-    const int any_half_block = (batch * params.query_heads + head) * gridDim.x + blockIdx.x;
-    const float4* const sums = query_sums_of_thread<kHeadDim>(params.grad_query_sums, any_half_block);
-    float values[kHeadDim / 2];
+struct FinishQueryGradient {
+    static constexpr int kThreads = 128;
+    static constexpr int kChunks = (kHeadDim + 63) / 64;
+    static constexpr int kChunkBytes = kHalfBlockTokens * 128;
+
+    struct Storage {
+        alignas(1024) unsigned char tile[kChunks * kChunkBytes];
+    };
+
+    static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
+        const GridParams& grid = params.query_grid;
+        const int head = blockIdx.y, batch = blockIdx.z;
+        const BlockCode block = warp_uniform(code_of_block(grid, blockIdx.x / 2));
+        const int any_half_block = (batch * params.query_heads + head) * gridDim.x + blockIdx.x;
+        const float4* const sums = query_sums_of_thread<kHeadDim>(params.grad_query_sums, any_half_block);
+        float values[kHeadDim / 2];
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 8; i++) {
-        const float4 four = __ldcs(&sums[i * 128]);
-        values[4 * i] = four.x;
-        values[4 * i + 1] = four.y;
-        values[4 * i + 2] = four.z;
-        values[4 * i + 3] = four.w;
-    }
-    const bool kept[2] = {true, true};
-    stage_half_block<T, kHeadDim>(tile, values, params.scale, kept);
-    fence_async_proxy();
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    TileCoordinates at = half_block_at(grid, block, blockIdx.x % 2, head, batch);
-    with_map(params.grad_query, block, [&](const CUtensorMap* map) {
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; chunk++) {
-            at.column = 64 * chunk;
-            tma_store(map, tile + chunk * kChunkBytes, at);
+        for (int i = 0; i < kHeadDim / 8; i++) {
+            const float4 four = __ldcs(&sums[i * 128]);
+            values[4 * i] = four.x;
+            values[4 * i + 1] = four.y;
+            values[4 * i + 2] = four.z;
+            values[4 * i + 3] = four.w;
         }
-    });
-    tma_store_commit();
-    tma_store_wait_read();
+        stage_half_block<T, kHeadDim>(storage.tile, values, params.scale);
+        fence_async_proxy();
+        __syncthreads();
+        if (threadIdx.x != 0) return;
+        TileCoordinates at = half_block_at(grid, block, blockIdx.x % 2, head, batch);
+        with_map(params.grad_query, block, [&](const CUtensorMap* map) {
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; chunk++) {
+                at.column = 64 * chunk;
+                tma_store(map, storage.tile + chunk * kChunkBytes, at);
+            }
+        });
+        tma_store_commit();
+        tma_store_wait_read();
+    }
+};
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(128) finish_query_gradient(const __grid_constant__ BackwardParams params) {
+    using Kernel = FinishQueryGradient<T, kHeadDim>;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared));
 }
 
 }  // namespace sparse_attn
