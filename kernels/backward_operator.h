@@ -10,20 +10,31 @@ namespace sparse_attn {
 struct BackwardLaunches {
     cudaError_t (*query)(const BackwardParams&, bool, int, cudaStream_t);
     cudaError_t (*key)(const BackwardParams&, bool, int, cudaStream_t);
+    cudaError_t (*fused)(const BackwardParams&, int, cudaStream_t);
 };
+
+// The head_dim that kernels are compiled for and that this one runs as.
+inline int64_t native_head_dim(int64_t head_dim) {
+    for (const int64_t native : {32, 64, 80, 96}) {
+        if (head_dim <= native) return native;
+    }
+    return 128;
+}
 
 template <typename T, int kHeadDim>
 BackwardLaunches backward_of() {
-    return {launch_backward_query<T, kHeadDim>, launch_backward_key<T, kHeadDim>};
+    return {launch_backward_query<T, kHeadDim>, launch_backward_key<T, kHeadDim>, launch_backward_fused<T, kHeadDim>};
 }
 
 template <typename T>
 BackwardLaunches backward_for(int64_t head_dim) {
-    if (head_dim <= 32) return backward_of<T, 32>();
-    if (head_dim <= 64) return backward_of<T, 64>();
-    if (head_dim <= 80) return backward_of<T, 80>();
-    if (head_dim <= 96) return backward_of<T, 96>();
-    return backward_of<T, 128>();
+    switch (native_head_dim(head_dim)) {
+        case 32: return backward_of<T, 32>();
+        case 64: return backward_of<T, 64>();
+        case 80: return backward_of<T, 80>();
+        case 96: return backward_of<T, 96>();
+        default: return backward_of<T, 128>();
+    }
 }
 
 inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_out,
@@ -31,6 +42,7 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
                           const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value,
                           const Tensor& statistics, const std::optional<Tensor>& grad_rel_h,
                           const std::optional<Tensor>& grad_rel_w, const std::optional<Tensor>& rel_w_sums,
+                          const std::optional<Tensor>& grad_query_sums, const std::optional<Tensor>& blocks_taken,
                           const std::optional<Tensor>& key_counts, const std::optional<Tensor>& key_indices,
                           const std::optional<Tensor>& row_order, const std::optional<Tensor>& query_counts,
                           const std::optional<Tensor>& query_indices, const std::optional<Tensor>& rel_h,
@@ -119,11 +131,26 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     params.key_padding = pointer<uint8_t>(key_padding_mask);
     params.mask_keys = params.key_padding != nullptr || ragged_blocks(params.key_grid) > 0;
 
+    if (grad_query_sums.has_value()) {
+        STD_TORCH_CHECK(!rel_h.has_value() && blocks_taken.has_value(),
+                        "block_sparse_attention: grad_query_sums must come with blocks_taken and no relative position");
+        check_shape("grad_query_sums", *grad_query_sums,
+                    {batch, heads, query_blocks, kBlockTokens, native_head_dim(head_dim)});
+        check_shape("blocks_taken", *blocks_taken, {1});
+        check_contiguous("grad_query_sums", grad_query_sums);
+        params.grad_query_sums = pointer<float>(grad_query_sums);
+        params.blocks_taken = pointer<int>(blocks_taken);
+    }
+
     const int32_t device = query.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     const bool is_bfloat16 = query.scalar_type() == torch::headeronly::ScalarType::BFloat16;
     const BackwardLaunches launches = is_bfloat16 ? backward_for<__nv_bfloat16>(head_dim) : backward_for<__half>(head_dim);
     const cudaStream_t stream = current_stream(device);
+    if (grad_query_sums.has_value()) {
+        check_launch(launches.fused(params, device, stream));
+        return;
+    }
     check_launch(launches.query(params, rel_h.has_value(), device, stream));
     check_launch(launches.key(params, rel_h.has_value(), device, stream));
 }

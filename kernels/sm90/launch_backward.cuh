@@ -1,6 +1,8 @@
 // Chooses the variants of the backward pass's kernels, and launches them.
 #pragma once
 
+#include "backward_fused.cuh"
+#include "backward_helpers.cuh"
 #include "backward_key.cuh"
 #include "backward_query.cuh"
 #include "launch.h"
@@ -49,6 +51,21 @@ template <typename T, int kHeadDim>
 cudaError_t launch_backward_key(const BackwardParams& params, bool relative_position, int device, cudaStream_t stream) {
     return relative_position ? launch_key_variant<T, kHeadDim, true>(params, device, stream)
                              : launch_key_variant<T, kHeadDim, false>(params, device, stream);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_backward_fused(const BackwardParams& params, int device, cudaStream_t stream) {
+    static std::atomic<uint64_t> allowed_before{0}, allowed{0}, allowed_after{0};
+    const dim3 half_blocks(2 * params.query_grid.num_blocks, params.query_heads, params.batch);
+    cudaError_t error = launch_backward<PrepareBackward<T, kHeadDim>>(prepare_backward<T, kHeadDim>, half_blocks, params,
+                                                                      device, stream, allowed_before);
+    if (error != cudaSuccess) return error;
+    using Fused = FusedBackward<T, kHeadDim>;
+    const int blocks = int(std::min<int64_t>(Fused::work_count(params), multiprocessors(device)));
+    error = launch_backward<Fused>(backward_fused<T, kHeadDim>, blocks, params, device, stream, allowed);
+    if (error != cudaSuccess) return error;
+    return launch_backward<FinishQueryGradient<T, kHeadDim>>(finish_query_gradient<T, kHeadDim>, half_blocks, params, device,
+                                                             stream, allowed_after);
 }
 
 }  // namespace sparse_attn

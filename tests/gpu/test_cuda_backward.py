@@ -18,13 +18,14 @@ _NAMES = ("query", "key", "value", "rel_h", "rel_w")
 
 
 @pytest.fixture(autouse=True)
-def _no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients that another backend computed would prove nothing."""
+def _pair_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that another backend computed would prove nothing; the fused kernel has tests of its own."""
 
     def refuse(*arguments: object) -> None:
         raise AssertionError("the gathered backend was called")
 
     monkeypatch.setattr(gathered, "backward", refuse)
+    monkeypatch.setattr(cuda, "_fuses", lambda inputs: False)
 
 
 def _loss(out: Tensor, lse: Tensor, weights: Tensor, lse_weights: Tensor | None) -> Tensor:
