@@ -60,11 +60,14 @@ class RelativePositionSums {
         workspace_ = reinterpret_cast<float4*>(params.rel_w_sums) + any_block * params.key_grid.tile_columns * kVectors;
     }
 
-    // The calls below are by all threads.
+    // The calls below are by all threads. `seen` has a bit for each of the first columns of tiles; only others must be set
+    // to zero before they are added to.
     __device__ __forceinline__ void clear(const BackwardParams& params) {
         rows_[threadIdx.x] = {0.0f, 0.0f, 0.0f, 0.0f};
-        float4* const sums = workspace_ + threadIdx.x;
-        for (int i = 0; i < 2 * params.key_grid.tile_columns; i++) sums[i * kThreads] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int column = kSeenColumns; column < params.key_grid.tile_columns; column++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) *vector(column, i) = {0.0f, 0.0f, 0.0f, 0.0f};
+        }
     }
 
     // What a product is accumulated onto: rows of the tile, two for each of two queries, then columns, likewise and again.
@@ -80,14 +83,21 @@ class RelativePositionSums {
     }
 
     // Takes them in after a product with keys in column `tile_column` of tiles.
-    __device__ __forceinline__ void take(const float (&values)[12], int tile_column) {
+    __device__ __forceinline__ void take(const float (&values)[12], int tile_column, uint32_t& seen) {
         rows_[threadIdx.x] = {values[0], values[1], values[2], values[3]};
-        float4* const sums = workspace_ + tile_column * kVectors + threadIdx.x;
+        const uint32_t bit = tile_column < kSeenColumns ? 1u << tile_column : 0;
+        const bool is_new = bit & ~seen;
+        seen |= bit;
 #pragma unroll
-        for (int i = 4; i < 12; i += 4) {
-            asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + (i / 4 - 1) * kThreads),
-                         "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
-                         : "memory");
+        for (int i = 0; i < 2; i++) {
+            const float4 sums = {values[4 * i + 4], values[4 * i + 5], values[4 * i + 6], values[4 * i + 7]};
+            if (is_new) {
+                __stcg(vector(tile_column, i), sums);
+            } else {
+                asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(vector(tile_column, i)),
+                             "f"(sums.x), "f"(sums.y), "f"(sums.z), "f"(sums.w)
+                             : "memory");
+            }
         }
     }
 
@@ -100,25 +110,44 @@ class RelativePositionSums {
         for (last++; last < tile_row; last++) write_rows(params, queries, last);
     }
 
-    __device__ __forceinline__ void end(const BackwardParams& params, bool has_keys, int last) {
+    __device__ __forceinline__ void end(const BackwardParams& params, int last, uint32_t seen) {
         const GridParams& grid = params.key_grid;
         enter_row(params, (grid.height + kBiasTileHeight - 1) / kBiasTileHeight, last);
         const BlockPlace queries(params.query_grid, query_block_);
+#pragma unroll 2
         for (int column = 0; column < grid.tile_columns; column++) {
+            const bool was_seen = column >= kSeenColumns || seen >> column & 1;
+            float4 sums[2] = {};
+            if (was_seen) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) sums[i] = __ldcg(vector(column, i));
+            }
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float4 sums = {0.0f, 0.0f, 0.0f, 0.0f};
-                if (has_keys) sums = __ldcg(workspace_ + column * kVectors + i * kThreads + threadIdx.x);
                 const int first = column * kBiasTileWidth + 8 * i + 2 * (threadIdx.x % 4);
-                write(params, params.grad_rel_w, queries, 0, first, grid.width, sums.x, sums.y);
-                write(params, params.grad_rel_w, queries, 8, first, grid.width, sums.z, sums.w);
+                write(params, params.grad_rel_w, queries, 0, first, grid.width, sums[i].x, sums[i].y);
+                write(params, params.grad_rel_w, queries, 8, first, grid.width, sums[i].z, sums[i].w);
+            }
+            // What was read need not go to memory.
+            __syncwarp();
+            if (was_seen && threadIdx.x % 8 == 0) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    asm volatile("discard.global.L2 [%0], 128;" ::"l"(vector(column, i)) : "memory");
+                }
             }
         }
     }
 
   private:
+    static constexpr int kSeenColumns = 32;
     static constexpr int kVectors = 2 * kThreads;  // float4 per tile
     static_assert(4 * kVectors == kBlockTokens * kBiasTileWidth, "a sum for each query and column of a tile");
+
+    // This thread's sums of a column of tiles, in two vectors.
+    __device__ __forceinline__ float4* vector(int tile_column, int i) const {
+        return workspace_ + tile_column * kVectors + i * kThreads + threadIdx.x;
+    }
 
     __device__ __forceinline__ void write_rows(const BackwardParams& params, const BlockPlace& queries, int tile_row) const {
         const int first = tile_row * kBiasTileHeight + 2 * (threadIdx.x % 4), height = params.key_grid.height;

@@ -10,6 +10,7 @@
 // the kernel of keys and values.
 #pragma once
 
+#include "../common/dropout.cuh"
 #include "../common/half_block.cuh"
 #include "../common/initial_logits.cuh"
 #include "../common/key_list.cuh"
@@ -20,9 +21,10 @@
 
 namespace sparse_attn {
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 struct QueryBackward {
     static_assert(kHeadDim <= 128, "two 64-wide chunks per tile; wider heads do not fit in shared memory");
+    static_assert(kMaskedKeys || !kDropout, "dropout is for the general variant");
     static constexpr int kThreads = 256;
     static constexpr int kWarps = kThreads / 32;
     static constexpr int kThreadBlocks = kHeadDim <= 64 ? 2 : 1;  // per multiprocessor
@@ -60,6 +62,7 @@ struct QueryBackward {
         // Kept here because every register of the main loop counts.
         BlockCode query_block;
         int64_t key_list;
+        uint32_t dropout_rows[kDropout ? kBlockTokens : 1];
     };
     static_assert(kThreadBlocks * (sizeof(Storage) + 1024) <= 228 * 1024, "the thread blocks must fit in one multiprocessor");
 
@@ -175,8 +178,7 @@ struct QueryBackward {
 
     // Completes them, and writes them for the kernel of keys and values.
     static __device__ __forceinline__ void find_statistics(const BackwardParams& params, const Storage& storage,
-                                                           int query_block, bool has_keys, float (&offset)[2],
-                                                           float (&delta)[2]) {
+                                                           int query_block, float (&offset)[2], float (&delta)[2]) {
         const int64_t any_head = int64_t(blockIdx.z) * params.query_heads + blockIdx.y;
         const int lane_of_quad = threadIdx.x % 4;
         float* const statistics =
@@ -184,24 +186,22 @@ struct QueryBackward {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int slot = query_row_of_thread() + 8 * i;
-            if (has_keys) {
-                float sum = 0.0f;
+            float sum = 0.0f;
 #pragma unroll
-                for (int group = 0; group < 2 * kChunks; group++) {
-                    const int column_group = group % 2 * 4 + lane_of_quad;
-                    const int at = group / 2 * kQueryChunkBytes + slot * 128 + ((column_group ^ slot % 8) << 4);
-                    const uint4 out = *reinterpret_cast<const uint4*>(&storage.stages[kStages - 1].key[at]);
-                    const uint4 grad = *reinterpret_cast<const uint4*>(&storage.grad_out[at]);
-                    const uint32_t outs[4] = {out.x, out.y, out.z, out.w}, grads[4] = {grad.x, grad.y, grad.z, grad.w};
+            for (int group = 0; group < 2 * kChunks; group++) {
+                const int column_group = group % 2 * 4 + lane_of_quad;
+                const int at = group / 2 * kQueryChunkBytes + slot * 128 + ((column_group ^ slot % 8) << 4);
+                const uint4 out = *reinterpret_cast<const uint4*>(&storage.stages[kStages - 1].key[at]);
+                const uint4 grad = *reinterpret_cast<const uint4*>(&storage.grad_out[at]);
+                const uint32_t outs[4] = {out.x, out.y, out.z, out.w}, grads[4] = {grad.x, grad.y, grad.z, grad.w};
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const float2 x = unpack<T>(outs[j]), y = unpack<T>(grads[j]);
-                        sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
-                    }
+                for (int j = 0; j < 4; j++) {
+                    const float2 x = unpack<T>(outs[j]), y = unpack<T>(grads[j]);
+                    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
                 }
-                delta[i] += quad_sum(sum);
             }
-            if (!has_keys || offset[i] == -INFINITY) {
+            delta[i] += quad_sum(sum);
+            if (offset[i] == -INFINITY) {
                 offset[i] = INFINITY;
                 delta[i] = 0.0f;
             }
@@ -217,28 +217,39 @@ struct QueryBackward {
         float offset[2], delta[2];
         {
             const QueryRow row = query_row(params, blockIdx.x, blockIdx.y, blockIdx.z);
-            if (threadIdx.x == 0) prepare(params, storage);
-            keys.open(params, row.list);
             const BlockCode query_block = warp_uniform(code_of_block(params.query_grid, row.block));
+            // The queries are fetched even for a row without keys: waiting for its length would delay all others.
+            if (warp == 0) {
+                if (threadIdx.x == 0) prepare(params, storage);
+                __syncwarp();
+                load_queries(storage, params, query_block);
+            }
+            keys.open(params, row.list);
             if (threadIdx.x == 0) {
                 storage.query_block = query_block;
                 storage.key_list = row.list;
                 if constexpr (kRelativePosition) storage.sums.place_at(params, row.block, query_block);
             }
             __syncthreads();
-            if (warp == 0 && keys.count > 0) load_queries(storage, params, query_block);
             if (warp > 0 && warp < kStages && warp - 1 < keys.count * kSteps) {
                 const BlockCode key_block = keys.next(params, storage.key_list, (warp - 1) / kSteps);
                 load_step(storage, params, warp - 1, key_block, warp - 1);
             }
             read_statistics(params, query_block, offset, delta);
+            if constexpr (kDropout) {
+                if (threadIdx.x < kBlockTokens) {
+                    const int token = BlockPlace(params.query_grid, query_block).token(threadIdx.x);
+                    const int any_head = blockIdx.z * params.query_heads + blockIdx.y;
+                    storage.dropout_rows[threadIdx.x] = dropout_row(params.dropout, any_head, token);
+                }
+            }
             if constexpr (kRelativePosition) {
                 storage.sums.clear(params);
                 storage.places.fill();
                 fence_async_proxy();
             }
-            if (keys.count > 0) barrier_wait(&storage.query_full, 0);
-            find_statistics(params, storage, row.block, keys.count > 0, offset, delta);
+            barrier_wait(&storage.query_full, 0);
+            find_statistics(params, storage, row.block, offset, delta);
             __syncthreads();
         }
         const int total = keys.count * kSteps;
@@ -250,6 +261,7 @@ struct QueryBackward {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; i++) grad[i] = 0.0f;
         int tile_row = -1;  // of the keys before
+        uint32_t seen_columns = 0;
 
         const int query_tile = tile_along_rows(storage.query + warpgroup * kHalfChunkBytes);
         const int grad_out_tile = tile_along_rows(storage.grad_out + warpgroup * kHalfChunkBytes);
@@ -286,6 +298,11 @@ struct QueryBackward {
                 weights[i] = exp2_approximate(fmaf(weights[i], params.scale_log2, -offset[i / 2 % 2]));
             }
             wgmma_wait<0>(grads);
+            if constexpr (kDropout) {
+                const int row = query_row_of_thread();
+                const uint32_t rows[2] = {storage.dropout_rows[row], storage.dropout_rows[row + 8]};
+                drop_keys(grads, params.dropout, rows, BlockPlace(params.key_grid, key_block), step % kSteps * kKeys);
+            }
             uint32_t a[kKeys / 16][4];
 #pragma unroll
             for (int i = 0; i < kKeys / 4; i++) {
@@ -318,7 +335,7 @@ struct QueryBackward {
             wgmma_wait<0>(grad);
             if constexpr (kRelativePosition) {
                 pin_registers(sums);
-                if (is_on_grid) storage.sums.take(sums, key_block & (kMaxTileColumns - 1));
+                if (is_on_grid) storage.sums.take(sums, key_block & (kMaxTileColumns - 1), seen_columns);
             }
             gone_before = leave(storage, stage);
             if (++stage == kStages) {
@@ -327,7 +344,7 @@ struct QueryBackward {
             }
         }
 
-        if constexpr (kRelativePosition) storage.sums.end(params, total > 0, tile_row);
+        if constexpr (kRelativePosition) storage.sums.end(params, tile_row, seen_columns);
         unsigned char* rows = storage.query + warpgroup * kHalfChunkBytes;
         const float factor[2] = {params.scale, params.scale};
         warpgroup_sync(warpgroup);
@@ -367,10 +384,10 @@ struct QueryBackward {
     }
 };
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
-__global__ void __launch_bounds__(256, QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys>::kThreadBlocks)
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
+__global__ void __launch_bounds__(256, QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>::kThreadBlocks)
     backward_query(const __grid_constant__ BackwardParams params) {
-    using Kernel = QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys>;
+    using Kernel = QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>;
     extern __shared__ __align__(1024) unsigned char shared[];
     Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared));
 }
