@@ -75,7 +75,8 @@ def block_sparse_attention(
             decomposed bias of Segment Anything and MViTv2. ``rel_h[q, y] + rel_w[q, x]`` is added to the scaled logit
             of the patch in row ``y`` and column ``x``; extra tokens among the keys get none.
         key_padding_mask: bool ``[B, Nk]``, true for keys that must be ignored. They must be finite all the same.
-        dropout_p: probability of dropping an attention weight.
+        dropout_p: probability of dropping an attention weight. The seed is drawn from the generator of query's device
+            (``torch.manual_seed``); for one seed every backend drops the same weights.
         backend: ``"cuda"``, ``"flex"``, ``"gathered"``, ``"reference"``, or None for the best that can run.
         return_lse: also return the log-sum-exp of each query's logits.
 
@@ -115,9 +116,10 @@ def block_sparse_attention(
         is_dense=mask.is_dense,
     )
     backend = select_backend(request, backend)
-    if backend == "gathered" and mask.is_dense and rel_h is None and key_padding_mask is None and not return_lse:
+    is_plain = mask.is_dense and rel_h is None and key_padding_mask is None and dropout_p == 0 and not return_lse
+    if backend == "gathered" and is_plain:
         # Nothing is gathered then, and autograd of the dense kernels needs no operator of ours around them.
-        return dense_attention(query, key, value, scale, dropout_p)
+        return dense_attention(query, key, value, scale)
     inputs = AttentionInputs(
         query,
         key,
@@ -131,7 +133,7 @@ def block_sparse_attention(
         rel_h,
         rel_w,
         key_padding_mask,
-        torch.randint(2**62, (1,), device="cpu") if dropout_p > 0 else None,
+        torch.randint(2**62, (1,), device=query.device) if dropout_p > 0 else None,
         mask.query_grid,
         mask.key_grid,
         float(scale),

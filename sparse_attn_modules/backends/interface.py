@@ -30,7 +30,7 @@ class AttentionInputs:
     rel_h: Tensor | None  # [B, Hq, Nq, key height], added to the logits of image keys, or None
     rel_w: Tensor | None  # [B, Hq, Nq, key width]; given exactly when rel_h is
     key_padding_mask: Tensor | None  # bool [B, Nk], true = ignore the key
-    dropout_seed: Tensor | None  # int64 [1], on the CPU; given when dropout_p > 0
+    dropout_seed: Tensor | None  # int64 [1], on the device of the query; given when dropout_p > 0: see dropout.py
     query_grid: TokenGrid
     key_grid: TokenGrid
     scale: float
