@@ -53,4 +53,10 @@ __device__ __forceinline__ void stage_half_block(unsigned char* tile, const floa
     }
 }
 
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void stage_half_block(unsigned char* tile, const float (&values)[kHeadDim / 2], float factor) {
+    const bool kAllKept[2] = {true, true};
+    stage_half_block<T, kHeadDim>(tile, values, factor, kAllKept);
+}
+
 }  // namespace sparse_attn

@@ -31,6 +31,12 @@ class QueryList {
         open_head(params);
     }
 
+    // As `length`, of an opened list.
+    __device__ __forceinline__ int total(const BackwardParams& params) const {
+        if (params.heads_per_key_head == 1) return count_;
+        return length(params, key_block_, head / params.heads_per_key_head, batch_);
+    }
+
     // Not to be called more often than there are blocks.
     __device__ __forceinline__ BlockCode next(const BackwardParams& params) {
         while (position_ == count_) {

@@ -20,14 +20,15 @@ struct alignas(16) PairStatistics {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Fetches those of half a block; called by a whole warp.
+// Fetches those of neighbouring half blocks; called by a whole warp.
+template <int kHalfBlocks = 1>
 __device__ __forceinline__ void load_statistics(PairStatistics* destination, const BackwardParams& params, int half_block,
                                                 int head, int batch, uint64_t* full) {
     constexpr int kPairs = kHalfBlockTokens / 2;
     const int64_t any_head = int64_t(batch) * params.query_heads + head;
     const int64_t first = (any_head * 2 * params.query_grid.num_blocks + half_block) * kPairs;
     bulk_load(destination, reinterpret_cast<const PairStatistics*>(params.statistics) + first,
-              kPairs * sizeof(PairStatistics), full);
+              kHalfBlocks * kPairs * sizeof(PairStatistics), full);
 }
 
 // The scores of column group i, two keys and two queries, become weights.
@@ -66,20 +67,15 @@ struct HalfBlockBias {
         for (int i = threadIdx.x; i < int(sizeof(*this) / 4); i += blockDim.x) words[i] = 0;
     }
 
-    // L - rel_h log2(e) of one row of keys, in shared memory of the calling warp's own.
-    __device__ __forceinline__ void offsets_of_key_row(float2 (&offsets)[kHalfBlockTokens / 2],
-                                                       const PairStatistics* statistics, int key_row) const {
+    // L - rel_h log2(e) of one row of keys, for the pair of queries whose number is the lane's.
+    __device__ __forceinline__ float2 offset_of_lane(const PairStatistics* statistics, int key_row) const {
         const int pair = threadIdx.x % 32;
-        float2 offset = statistics[pair].offset;
-        offset.x = fmaf(float(rel_h[2 * pair * kTileHeight + key_row]), -kLog2E, offset.x);
-        offset.y = fmaf(float(rel_h[(2 * pair + 1) * kTileHeight + key_row]), -kLog2E, offset.y);
-        __syncwarp();
-        offsets[pair] = offset;
-        __syncwarp();
+        const float2 offset = statistics[pair].offset;
+        return {fmaf(float(rel_h[2 * pair * kTileHeight + key_row]), -kLog2E, offset.x),
+                fmaf(float(rel_h[(2 * pair + 1) * kTileHeight + key_row]), -kLog2E, offset.y)};
     }
 
-    __device__ __forceinline__ void exponentiate(float (&scores)[32], const float2 (&offsets)[kHalfBlockTokens / 2],
-                                                 float scale_log2) const {
+    __device__ __forceinline__ void exponentiate(float (&scores)[32], float2 offset_of_lane, float scale_log2) const {
         const int lane = threadIdx.x % 32;
         const uint32_t rows = shared_address(rel_w) + (lane / 16 * 8 + lane % 8) * kTileWidth * 2 + lane / 8 % 2 * 16;
 #pragma unroll
@@ -88,9 +84,15 @@ struct HalfBlockBias {
             asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                          : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
                          : "r"(rows + i * 8 * kTileWidth * 2));
+            float2 offset;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float2 of_column = unpack<T>(pairs[j]), offset = offsets[4 * (i + j / 2) + lane % 4];
+                if (j % 2 == 0) {
+                    const int source = 4 * (i + j / 2) + lane % 4;
+                    offset.x = __shfl_sync(0xffffffff, offset_of_lane.x, source);
+                    offset.y = __shfl_sync(0xffffffff, offset_of_lane.y, source);
+                }
+                const float2 of_column = unpack<T>(pairs[j]);
                 float* const score = &scores[4 * (i + j / 2) + 2 * (j % 2)];
                 score[0] = exp2_approximate(fmaf(score[0], scale_log2, fmaf(of_column.x, kLog2E, -offset.x)));
                 score[1] = exp2_approximate(fmaf(score[1], scale_log2, fmaf(of_column.y, kLog2E, -offset.y)));

@@ -25,14 +25,13 @@ struct KeyBackward {
     static constexpr int kThreads = 128;
     static constexpr int kWarps = kThreads / 32;
     static constexpr int kThreadBlocks = kHeadDim <= 64 ? 3 : 2;  // per multiprocessor
-    static constexpr int kStages = kHeadDim <= 64 && !kRelativePosition ? 3 : 2;
+    static constexpr int kStages = kHeadDim <= 64 ? 3 : 2;
     static constexpr int kChunks = (kHeadDim + 63) / 64;
     static constexpr int kChunkBytes = kHalfBlockTokens * 128;
     static constexpr int kTileBytes = kChunks * kChunkBytes;
 
     struct NoBias {};
     using Bias = std::conditional_t<kRelativePosition, HalfBlockBias<T>, NoBias>;
-    using OffsetsOfWarps = std::conditional_t<kRelativePosition, float2[kWarps][kHalfBlockTokens / 2], NoBias>;
 
     struct Storage {
         alignas(1024) unsigned char key[kTileBytes];    // holds its gradient at the end
@@ -41,7 +40,6 @@ struct KeyBackward {
         alignas(1024) unsigned char grad_out[kStages][kTileBytes];
         alignas(128) Bias bias[kStages];
         alignas(16) PairStatistics statistics[kStages][kHalfBlockTokens / 2];
-        OffsetsOfWarps offsets;
         uint64_t key_full, full[kStages], free[kStages];
     };
     static_assert(kThreadBlocks * (sizeof(Storage) + 1024) <= 228 * 1024, "the thread blocks must fit in one multiprocessor");
@@ -169,14 +167,10 @@ struct KeyBackward {
                 loader.load_step(storage, params, place, left);
             }
             const PairStatistics* statistics = storage.statistics[stage];
-            if constexpr (kRelativePosition) {
-                const int key_row = 4 * place.half + warp;
-                storage.bias[stage].offsets_of_key_row(storage.offsets[warp], statistics, key_row);
-            }
-
             wgmma_wait<1>(weights);
             if constexpr (kRelativePosition) {
-                storage.bias[stage].exponentiate(weights, storage.offsets[warp], params.scale_log2);
+                const float2 offset = storage.bias[stage].offset_of_lane(statistics, 4 * place.half + warp);
+                storage.bias[stage].exponentiate(weights, offset, params.scale_log2);
             } else {
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
