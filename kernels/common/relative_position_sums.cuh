@@ -20,12 +20,19 @@ struct KeyPlaces {
     alignas(1024) unsigned char tiles[2][kHalfBytes];  // of either half
 
     __device__ __forceinline__ void fill() {
-        for (int i = threadIdx.x; i < 2 * kColumns * 64; i += blockDim.x) {
-            const int half = i / (kColumns * 64), column = i / 64 % kColumns, key = i % 64;
-            const bool is_there = column < kBiasTileHeight ? key / kBiasTileWidth + 4 * half == column
-                                                           : key % kBiasTileWidth == column - kBiasTileHeight;
-            const int offset = column * 128 + ((key / 8 ^ column % 8) << 4) + key % 8 * 2;
-            *reinterpret_cast<T*>(&tiles[half][offset]) = T(is_there ? 1.0f : 0.0f);
+        for (int i = threadIdx.x; i < 2 * kColumns * 8; i += blockDim.x) {
+            const int half = i / (kColumns * 8), column = i / 8 % kColumns, group = i % 8;  // of 8 keys
+            union {
+                uint4 all;
+                T keys[8];
+            } ones;
+            const bool is_row = column < kBiasTileHeight, is_there = group / 2 + 4 * half == column;
+#pragma unroll
+            for (int key = 0; key < 8; key++) {
+                const bool is_one = is_row ? is_there : group % 2 * 8 + key == column - kBiasTileHeight;
+                ones.keys[key] = T(is_one ? 1.0f : 0.0f);
+            }
+            *reinterpret_cast<uint4*>(&tiles[half][column * 128 + ((group ^ column % 8) << 4)]) = ones.all;
         }
     }
 };
@@ -104,39 +111,39 @@ class RelativePositionSums {
     // The next keys are in row `tile_row` of tiles; those before were in row `last`, which becomes it.
     __device__ __forceinline__ void enter_row(const BackwardParams& params, int tile_row, int& last) {
         if (tile_row == last) return;
-        const BlockPlace queries(params.query_grid, query_block_);
-        if (last >= 0) write_rows(params, queries, last);
+        const Target target(params, params.grad_rel_h, query_block_, params.key_grid.height);
+        if (last >= 0) write_rows(target, last);
         rows_[threadIdx.x] = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (last++; last < tile_row; last++) write_rows(params, queries, last);
+        for (last++; last < tile_row; last++) write_rows(target, last);
     }
 
     __device__ __forceinline__ void end(const BackwardParams& params, int last, uint32_t seen) {
         const GridParams& grid = params.key_grid;
-        enter_row(params, (grid.height + kBiasTileHeight - 1) / kBiasTileHeight, last);
-        const BlockPlace queries(params.query_grid, query_block_);
-#pragma unroll 2
-        for (int column = 0; column < grid.tile_columns; column++) {
-            const bool was_seen = column >= kSeenColumns || seen >> column & 1;
-            float4 sums[2] = {};
-            if (was_seen) {
+        const Target target(params, params.grad_rel_w, query_block_, grid.width);
+        constexpr int kTogether = 4;  // tiles whose sums are read before any is written
+        for (int first = 0; first < grid.tile_columns; first += kTogether) {
+            float4 sums[kTogether][2] = {};
 #pragma unroll
-                for (int i = 0; i < 2; i++) sums[i] = __ldcg(vector(column, i));
+            for (int j = 0; j < kTogether; j++) {
+                const int column = first + j;
+                if (column >= grid.tile_columns || !(column >= kSeenColumns || seen >> column & 1)) continue;
+#pragma unroll
+                for (int i = 0; i < 2; i++) sums[j][i] = __ldcg(vector(column, i));
             }
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int first = column * kBiasTileWidth + 8 * i + 2 * (threadIdx.x % 4);
-                write(params, params.grad_rel_w, queries, 0, first, grid.width, sums[i].x, sums[i].y);
-                write(params, params.grad_rel_w, queries, 8, first, grid.width, sums[i].z, sums[i].w);
-            }
-            // What was read need not go to memory.
-            __syncwarp();
-            if (was_seen && threadIdx.x % 8 == 0) {
+            for (int j = 0; j < kTogether; j++) {
+                const int column = first + j;
+                if (column >= grid.tile_columns) break;
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    asm volatile("discard.global.L2 [%0], 128;" ::"l"(vector(column, i)) : "memory");
+                    target.write(column * kBiasTileWidth + 8 * i, sums[j][i]);
+                    // What was read need not go to memory.
+                    __syncwarp();
+                    if (threadIdx.x % 8 == 0) asm volatile("discard.global.L2 [%0], 128;" ::"l"(vector(column, i)) : "memory");
                 }
             }
         }
+        enter_row(params, (grid.height + kBiasTileHeight - 1) / kBiasTileHeight, last);
     }
 
   private:
@@ -149,28 +156,45 @@ class RelativePositionSums {
         return workspace_ + tile_column * kVectors + i * kThreads + threadIdx.x;
     }
 
-    __device__ __forceinline__ void write_rows(const BackwardParams& params, const BlockPlace& queries, int tile_row) const {
-        const int first = tile_row * kBiasTileHeight + 2 * (threadIdx.x % 4), height = params.key_grid.height;
-        const float4 rows = rows_[threadIdx.x];
-        write(params, params.grad_rel_h, queries, 0, first, height, rows.x, rows.y);
-        write(params, params.grad_rel_h, queries, 8, first, height, rows.z, rows.w);
-    }
+    // Where the gradients of this thread's two queries go, those of queries that do not exist nowhere.
+    struct Target {
+        T* rows[2];
+        int length;
 
-    // Two neighbouring values, from `first` on, of the query `below` this thread's first, as far as they exist.
-    static __device__ __forceinline__ void write(const BackwardParams& params, void* gradient, const BlockPlace& queries,
-                                                 int below, int first, int length, float x, float y) {
-        const int slot = query_row_of_thread() + below;
-        if (!queries.exists(slot) || first >= length) return;
-        const GridParams& grid = params.query_grid;
-        const int64_t tokens = grid.prefix + grid.height * grid.width + grid.suffix;
-        const int64_t row = (int64_t(blockIdx.z) * params.query_heads + blockIdx.y) * tokens + queries.token(slot);
-        T* const target = static_cast<T*>(gradient) + row * length + first;
-        if (length % 2 == 0) {
-            *reinterpret_cast<uint32_t*>(target) = pack<T>(x, y);
-        } else {
-            target[0] = T(x);
-            if (first + 1 < length) target[1] = T(y);
+        __device__ __forceinline__ Target(const BackwardParams& params, void* gradient, BlockCode query_block, int length)
+            : length(length) {
+            const GridParams& grid = params.query_grid;
+            const BlockPlace queries(grid, query_block);
+            const int64_t tokens = grid.prefix + grid.height * grid.width + grid.suffix;
+            const int64_t first_token = (int64_t(blockIdx.z) * params.query_heads + blockIdx.y) * tokens;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int slot = query_row_of_thread() + 8 * i;
+                T* const row = static_cast<T*>(gradient) + (first_token + queries.token(slot)) * length;
+                rows[i] = queries.exists(slot) ? row + 2 * (threadIdx.x % 4) : nullptr;
+            }
         }
+
+        // Two values for each query: of the quad's eight columns from `first` on, as far as they exist.
+        __device__ __forceinline__ void write(int first, const float4& values) const {
+            const int left = length - first - 2 * (threadIdx.x % 4);
+            if (left <= 0) return;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (rows[i] == nullptr) continue;
+                const float x = i == 0 ? values.x : values.z, y = i == 0 ? values.y : values.w;
+                if (length % 2 == 0) {
+                    *reinterpret_cast<uint32_t*>(rows[i] + first) = pack<T>(x, y);
+                } else {
+                    rows[i][first] = T(x);
+                    if (left > 1) rows[i][first + 1] = T(y);
+                }
+            }
+        }
+    };
+
+    __device__ __forceinline__ void write_rows(const Target& target, int tile_row) const {
+        target.write(tile_row * kBiasTileHeight, rows_[threadIdx.x]);
     }
 
     float4 rows_[kThreads];

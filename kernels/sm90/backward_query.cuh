@@ -12,8 +12,8 @@
 
 #include "../common/dropout.cuh"
 #include "../common/half_block.cuh"
-#include "../common/initial_logits.cuh"
 #include "../common/key_list.cuh"
+#include "../common/key_offsets.cuh"
 #include "../common/relative_position_sums.cuh"
 #include "../common/statistics.cuh"
 #include "../common/wgmma_backward.cuh"
@@ -127,17 +127,16 @@ struct QueryBackward {
         }
     }
 
-    template <bool kAccumulate>
     static __device__ __forceinline__ void issue_scores(float (&scores)[kKeys / 2], int queries, int keys) {
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; step++) {
             const int along = step % 4 * kDepthStepAlongRows;
             const uint64_t a = tile_descriptor(queries + step / 4 * (kQueryChunkBytes >> 4) + along);
             const uint64_t b = tile_descriptor(keys + step / 4 * (kKeyChunkBytes >> 4) + along);
-            if (kAccumulate || step > 0) {
-                wgmma_scores<T, kKeys, true>(scores, a, b);
-            } else {
+            if (step == 0) {
                 wgmma_scores<T, kKeys, false>(scores, a, b);
+            } else {
+                wgmma_scores<T, kKeys, true>(scores, a, b);
             }
         }
         wgmma_commit();
@@ -272,18 +271,9 @@ struct QueryBackward {
             Stage& tiles = storage.stages[stage];
             barrier_wait(&storage.full[stage], parity);
             float weights[kKeys / 2], grads[kKeys / 2];
-            BlockCode key_block = 0;
-            if constexpr (kRelativePosition || kMaskedKeys) {
-                key_block = warp_uniform(threadIdx.x % 32 == 0 ? storage.key_block[stage] : 0);
-                const RelativePositionTile<T>* bias = nullptr;
-                if constexpr (kRelativePosition) bias = &storage.bias[step / kSteps % 2];
-                initial_logits<T, kRelativePosition, kMaskedKeys>(weights, params, key_block, blockIdx.z, bias,
-                                                                  kSteps == 1 ? 0 : step % 2);
-                pin_registers(weights);
-            }
             wgmma_fence();
-            issue_scores<kRelativePosition || kMaskedKeys>(weights, query_tile, tile_along_rows(tiles.key));
-            issue_scores<false>(grads, grad_out_tile, tile_along_rows(tiles.value));
+            issue_scores(weights, query_tile, tile_along_rows(tiles.key));
+            issue_scores(grads, grad_out_tile, tile_along_rows(tiles.value));
             // The last warp to leave a stage refills it, in the shade of these products.
             const int next_step = step + kStages - 1;
             if (step > 0 && next_step < total) {
@@ -292,16 +282,21 @@ struct QueryBackward {
                     load_step(storage, params, stage == 0 ? kStages - 1 : stage - 1, next_block, next_step);
                 }
             }
-            wgmma_wait<1>(weights);
-#pragma unroll
-            for (int i = 0; i < kKeys / 2; i++) {
-                weights[i] = exp2_approximate(fmaf(weights[i], params.scale_log2, -offset[i / 2 % 2]));
+            BlockCode key_block = 0;
+            const RelativePositionTile<T>* bias = nullptr;
+            if constexpr (kRelativePosition) bias = &storage.bias[step / kSteps % 2];
+            if constexpr (kRelativePosition || kMaskedKeys) {
+                key_block = warp_uniform(threadIdx.x % 32 == 0 ? storage.key_block[stage] : 0);
             }
+            const int first_slot = step % kSteps * kKeys;
+            const KeyOffsets<T, kKeys, kRelativePosition, kMaskedKeys> offsets(params, key_block, first_slot, bias, offset);
+            wgmma_wait<1>(weights);
+            offsets.exponentiate(weights, params.scale_log2, offset);
             wgmma_wait<0>(grads);
             if constexpr (kDropout) {
                 const int row = query_row_of_thread();
                 const uint32_t rows[2] = {storage.dropout_rows[row], storage.dropout_rows[row + 8]};
-                drop_keys(grads, params.dropout, rows, BlockPlace(params.key_grid, key_block), step % kSteps * kKeys);
+                drop_keys(grads, params.dropout, rows, BlockPlace(params.key_grid, key_block), first_slot);
             }
             uint32_t a[kKeys / 16][4];
 #pragma unroll
@@ -333,11 +328,11 @@ struct QueryBackward {
             }
             wgmma_commit();
             wgmma_wait<0>(grad);
+            gone_before = leave(storage, stage);
             if constexpr (kRelativePosition) {
                 pin_registers(sums);
                 if (is_on_grid) storage.sums.take(sums, key_block & (kMaxTileColumns - 1), seen_columns);
             }
-            gone_before = leave(storage, stage);
             if (++stage == kStages) {
                 stage = 0;
                 parity ^= 1;

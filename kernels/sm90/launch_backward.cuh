@@ -44,8 +44,8 @@ template <typename T, int kHeadDim, bool kRelativePosition, bool kDropout>
 cudaError_t launch_key_variant(const BackwardParams& params, int device, cudaStream_t stream) {
     static std::atomic<uint64_t> allowed{0};
     const dim3 blocks(2 * params.key_grid.num_blocks, params.query_heads / params.heads_per_key_head, params.batch);
-    return launch_backward<KeyBackward<T, kHeadDim, kRelativePosition>>(
-        backward_key<T, kHeadDim, kRelativePosition>, blocks, params, device, stream, allowed);
+    return launch_backward<KeyBackward<T, kHeadDim, kRelativePosition, kDropout>>(
+        backward_key<T, kHeadDim, kRelativePosition, kDropout>, blocks, params, device, stream, allowed);
 }
 
 template <typename T, int kHeadDim, bool kRelativePosition>

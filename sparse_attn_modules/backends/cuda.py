@@ -35,7 +35,8 @@ _library.define(
     "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) statistics, "
     "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, Tensor(g!)? rel_w_sums, Tensor? key_counts, Tensor? key_indices, "
     "Tensor? row_order, Tensor? query_counts, Tensor? query_indices, Tensor? rel_h, Tensor? rel_w, "
-    "Tensor? key_padding_mask, int[] query_grid, int[] key_grid, float scale) -> ()"
+    "Tensor? key_padding_mask, Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, "
+    "float dropout_p) -> ()"
 )
 
 
@@ -142,9 +143,11 @@ def _launch_backward(
         rel_h,
         rel_w,
         None if padding is None else padding.contiguous(),
+        inputs.dropout_seed,
         _geometry(inputs.query_grid),
         _geometry(inputs.key_grid),
         scale,
+        inputs.dropout_p,
     )
     return AttentionGradients(*grads, grad_rel_h, grad_rel_w)
 
