@@ -47,7 +47,8 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
                           const std::optional<Tensor>& row_order, const std::optional<Tensor>& query_counts,
                           const std::optional<Tensor>& query_indices, const std::optional<Tensor>& rel_h,
                           const std::optional<Tensor>& rel_w, const std::optional<Tensor>& key_padding_mask,
-                          const std::vector<int64_t>& query_grid, const std::vector<int64_t>& key_grid, double scale) {
+                          const std::optional<Tensor>& dropout_seed, const std::vector<int64_t>& query_grid,
+                          const std::vector<int64_t>& key_grid, double scale, double dropout_p) {
     BackwardParams params{};
     params.query_grid = grid_params("query_grid", query_grid);
     params.key_grid = grid_params("key_grid", key_grid);
@@ -130,6 +131,7 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     check_contiguous("key_padding_mask", key_padding_mask);
     params.key_padding = pointer<uint8_t>(key_padding_mask);
     params.mask_keys = params.key_padding != nullptr || ragged_blocks(params.key_grid) > 0;
+    params.dropout = dropout_params(dropout_seed, dropout_p);
 
     if (grad_query_sums.has_value()) {
         STD_TORCH_CHECK(!rel_h.has_value() && blocks_taken.has_value(),

@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -99,6 +100,17 @@ inline Lists index_lists(const char* name, const std::optional<Tensor>& counts, 
     const int64_t heads = counts->size(1);
     return {pointer<int32_t>(counts), pointer<int32_t>(indices), counts->size(0) > 1 ? int(heads * rows) : 0,
             heads > 1 ? int(rows) : 0};
+}
+
+inline DropoutParams dropout_params(const std::optional<Tensor>& seed, double dropout_p) {
+    constexpr uint32_t kResolution = 1 << 24;
+    if (!seed.has_value()) return {};
+    check_shape("dropout_seed", *seed, {1});
+    DropoutParams params{};
+    params.seed = pointer<int64_t>(seed);
+    params.threshold = uint32_t(std::nearbyint(dropout_p * kResolution));
+    params.inverse_keep = params.threshold < kResolution ? float(double(kResolution) / (kResolution - params.threshold)) : 0;
+    return params;
 }
 
 inline cudaStream_t current_stream(int32_t device) {

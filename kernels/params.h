@@ -26,6 +26,12 @@ struct TensorMaps {
     CUtensorMap prefix, image, suffix;
 };
 
+struct DropoutParams {
+    const int64_t* seed;  // on the device; null: nothing is dropped
+    uint32_t threshold;   // weights whose 24 random bits are below it are dropped
+    float inverse_keep;   // what the others are multiplied by
+};
+
 struct ForwardParams {
     TensorMaps query;         // box: 64 of head_dim x one block, or half of one if half_blocks
     TensorMaps key, value;    // box: 64 of head_dim x one block
@@ -85,6 +91,7 @@ struct BackwardParams {
     float scale_log2;  // scale * log2(e): the exponentials are powers of two
     float inverse_scale;
     bool mask_keys;    // some key block has absent keys: ragged tiles, extra tokens, padding
+    DropoutParams dropout;
 };
 
 }  // namespace sparse_attn

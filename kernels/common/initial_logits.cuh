@@ -18,23 +18,17 @@ struct RelativePositionTile {
     alignas(128) T rel_w[kBlockTokens * kBiasTileWidth];
 };
 
-// The logits of a thread cover all 128 keys of a block, or 64 of them: then `half` says which.
-
 // (rel_h + rel_w) / scale, for this thread's two query rows; -inf outside the part of the tile that exists, which costs
 // next to nothing here because it is a rectangle too.
-template <typename T, bool kRagged, int kLogits>
-__device__ __forceinline__ void relative_position_bias(float (&logits)[kLogits], const RelativePositionTile<T>& tile,
-                                                       float inverse_scale, int valid_x, int valid_y, int half_block) {
-    constexpr int kRows = kLogits / 8;  // of the tile
-    valid_y -= half_block * kRows;
+template <typename T, bool kRagged>
+__device__ __forceinline__ void relative_position_bias(float (&logits)[64], const RelativePositionTile<T>& tile,
+                                                       float inverse_scale, int valid_x, int valid_y) {
     const int row = query_row_of_thread(), column = 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int query = row + 8 * half;
-        struct alignas(2 * kRows) Values {
-            uint32_t pairs[kRows / 2];
-        };
-        const Values h = *reinterpret_cast<const Values*>(&tile.rel_h[query * kBiasTileHeight + half_block * kRows]);
+        const uint4 h = *reinterpret_cast<const uint4*>(&tile.rel_h[query * kBiasTileHeight]);
+        const uint32_t h_pairs[4] = {h.x, h.y, h.z, h.w};
         float2 w[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -45,8 +39,8 @@ __device__ __forceinline__ void relative_position_bias(float (&logits)[kLogits],
             if (kRagged && 8 * i + column + 1 >= valid_x) w[i].y = -INFINITY;
         }
 #pragma unroll
-        for (int i = 0; i < 2 * kRows; i++) {
-            const float2 pair = unpack<T>(h.pairs[i / 4]);
+        for (int i = 0; i < 16; i++) {
+            const float2 pair = unpack<T>(h_pairs[i / 4]);
             float of_row = (i / 2) % 2 ? pair.y : pair.x;
             if (kRagged && i / 2 >= valid_y) of_row = -INFINITY;
             logits[4 * i + 2 * half] = fmaf(of_row, inverse_scale, w[i % 2].x);
@@ -55,15 +49,16 @@ __device__ __forceinline__ void relative_position_bias(float (&logits)[kLogits],
     }
 }
 
-// Bit c: whether the key of column c exists, for the columns of this thread; 32 columns per word.
+// Bit c: whether the key of column c exists, for the columns of this thread; 32 columns per word. Column 0 is the key in
+// slot `first_slot` of its block.
 template <int kWords, typename Params>
 __device__ __forceinline__ void existing_keys(uint32_t (&exists)[kWords], const Params& params, const BlockPlace& place,
-                                              int batch, int half) {
+                                              int batch, int first_slot = 0) {
     const GridParams& grid = params.key_grid;
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kWords; i++) {
-        const int slot = 32 * (kWords * half + i) + lane;
+        const int slot = first_slot + 32 * i + lane;
         bool present = place.exists(slot);
         if (present && params.key_padding != nullptr) {
             const int64_t tokens = grid.prefix + grid.height * grid.width + grid.suffix;
@@ -74,31 +69,31 @@ __device__ __forceinline__ void existing_keys(uint32_t (&exists)[kWords], const 
 }
 
 // Fills `logits` with what Q K^T is accumulated onto.
-template <typename T, bool kRelativePosition, bool kMaskedKeys, int kLogits, typename Params>
-__device__ __forceinline__ void initial_logits(float (&logits)[kLogits], const Params& params, BlockCode key_block,
-                                               int batch, const RelativePositionTile<T>* bias, int half = 0) {
+template <typename T, bool kRelativePosition, bool kMaskedKeys>
+__device__ __forceinline__ void initial_logits(float (&logits)[64], const ForwardParams& params, BlockCode key_block,
+                                               int batch, const RelativePositionTile<T>* bias) {
     // Found out before the logits are touched, while the register file has room for it.
-    uint32_t exists[kLogits / 16];
+    uint32_t exists[4];
     bool masked = false;
     const bool has_bias = kRelativePosition && part_of(key_block) == kImage;
     if constexpr (kMaskedKeys) {
         const BlockPlace place(params.key_grid, key_block);
         masked = params.key_padding != nullptr || (!has_bias && !place.is_full());
-        if (masked) existing_keys(exists, params, place, batch, half);
+        if (masked) existing_keys(exists, params, place, batch);
     }
     if (has_bias) {
         if constexpr (kRelativePosition) {
             const int valid_x = params.key_grid.width - x_of(params.key_grid, key_block);
             const int valid_y = params.key_grid.height - y_of(params.key_grid, key_block);
-            relative_position_bias<T, kMaskedKeys>(logits, *bias, params.inverse_scale, valid_x, valid_y, half);
+            relative_position_bias<T, kMaskedKeys>(logits, *bias, params.inverse_scale, valid_x, valid_y);
         }
     } else {
 #pragma unroll
-        for (int i = 0; i < kLogits; i++) logits[i] = 0.0f;
+        for (int i = 0; i < 64; i++) logits[i] = 0.0f;
     }
     if (masked) {
 #pragma unroll
-        for (int i = 0; i < kLogits / 4; i++) {
+        for (int i = 0; i < 16; i++) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 if (!(exists[i / 4] >> (8 * (i % 4) + j % 2) & 1)) logits[4 * i + j] = -INFINITY;

@@ -20,12 +20,19 @@ struct KeyPlaces {
     alignas(1024) unsigned char tiles[2][kHalfBytes];  // of either half
 
     __device__ __forceinline__ void fill() {
-        for (int i = threadIdx.x; i < 2 * kColumns * 64; i += blockDim.x) {
-            const int half = i / (kColumns * 64), column = i / 64 % kColumns, key = i % 64;
-            const bool is_there = column < kBiasTileHeight ? key / kBiasTileWidth + 4 * half == column
-                                                           : key % kBiasTileWidth == column - kBiasTileHeight;
-            const int offset = column * 128 + ((key / 8 ^ column % 8) << 4) + key % 8 * 2;
-            *reinterpret_cast<T*>(&tiles[half][offset]) = T(is_there ? 1.0f : 0.0f);
+        for (int i = threadIdx.x; i < 2 * kColumns * 8; i += blockDim.x) {
+            const int half = i / (kColumns * 8), column = i / 8 % kColumns, group = i % 8;  // of 8 keys
+            union {
+                uint4 all;
+                T keys[8];
+            } ones;
+            const bool is_row = column < kBiasTileHeight, is_there = group / 2 + 4 * half == column;
+#pragma unroll
+            for (int key = 0; key < 8; key++) {
+                const bool is_one = is_row ? is_there : group % 2 * 8 + key == column - kBiasTileHeight;
+                ones.keys[key] = T(is_one ? 1.0f : 0.0f);
+            }
+            *reinterpret_cast<uint4*>(&tiles[half][column * 128 + ((group ^ column % 8) << 4)]) = ones.all;
         }
     }
 };
@@ -60,11 +67,14 @@ class RelativePositionSums {
         workspace_ = reinterpret_cast<float4*>(params.rel_w_sums) + any_block * params.key_grid.tile_columns * kVectors;
     }
 
-    // The calls below are by all threads.
+    // The calls below are by all threads. `seen` has a bit for each of the first columns of tiles; only others must be set
+    // to zero before they are added to.
     __device__ __forceinline__ void clear(const BackwardParams& params) {
         rows_[threadIdx.x] = {0.0f, 0.0f, 0.0f, 0.0f};
-        float4* const sums = workspace_ + threadIdx.x;
-        for (int i = 0; i < 2 * params.key_grid.tile_columns; i++) sums[i * kThreads] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int column = kSeenColumns; column < params.key_grid.tile_columns; column++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) *vector(column, i) = {0.0f, 0.0f, 0.0f, 0.0f};
+        }
     }
 
     // What a product is accumulated onto: rows of the tile, two for each of two queries, then columns, likewise and again.
@@ -80,68 +90,111 @@ class RelativePositionSums {
     }
 
     // Takes them in after a product with keys in column `tile_column` of tiles.
-    __device__ __forceinline__ void take(const float (&values)[12], int tile_column) {
+    __device__ __forceinline__ void take(const float (&values)[12], int tile_column, uint32_t& seen) {
         rows_[threadIdx.x] = {values[0], values[1], values[2], values[3]};
-        float4* const sums = workspace_ + tile_column * kVectors + threadIdx.x;
+        const uint32_t bit = tile_column < kSeenColumns ? 1u << tile_column : 0;
+        const bool is_new = bit & ~seen;
+        seen |= bit;
 #pragma unroll
-        for (int i = 4; i < 12; i += 4) {
-            asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + (i / 4 - 1) * kThreads),
-                         "f"(values[i]), "f"(values[i + 1]), "f"(values[i + 2]), "f"(values[i + 3])
-                         : "memory");
+        for (int i = 0; i < 2; i++) {
+            const float4 sums = {values[4 * i + 4], values[4 * i + 5], values[4 * i + 6], values[4 * i + 7]};
+            if (is_new) {
+                __stcg(vector(tile_column, i), sums);
+            } else {
+                asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(vector(tile_column, i)),
+                             "f"(sums.x), "f"(sums.y), "f"(sums.z), "f"(sums.w)
+                             : "memory");
+            }
         }
     }
 
     // The next keys are in row `tile_row` of tiles; those before were in row `last`, which becomes it.
     __device__ __forceinline__ void enter_row(const BackwardParams& params, int tile_row, int& last) {
         if (tile_row == last) return;
-        const BlockPlace queries(params.query_grid, query_block_);
-        if (last >= 0) write_rows(params, queries, last);
+        const Target target(params, params.grad_rel_h, query_block_, params.key_grid.height);
+        if (last >= 0) write_rows(target, last);
         rows_[threadIdx.x] = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (last++; last < tile_row; last++) write_rows(params, queries, last);
+        for (last++; last < tile_row; last++) write_rows(target, last);
     }
 
-    __device__ __forceinline__ void end(const BackwardParams& params, bool has_keys, int last) {
+    __device__ __forceinline__ void end(const BackwardParams& params, int last, uint32_t seen) {
         const GridParams& grid = params.key_grid;
-        enter_row(params, (grid.height + kBiasTileHeight - 1) / kBiasTileHeight, last);
-        const BlockPlace queries(params.query_grid, query_block_);
-        for (int column = 0; column < grid.tile_columns; column++) {
+        const Target target(params, params.grad_rel_w, query_block_, grid.width);
+        constexpr int kTogether = 4;  // tiles whose sums are read before any is written
+        for (int first = 0; first < grid.tile_columns; first += kTogether) {
+            float4 sums[kTogether][2] = {};
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float4 sums = {0.0f, 0.0f, 0.0f, 0.0f};
-                if (has_keys) sums = __ldcg(workspace_ + column * kVectors + i * kThreads + threadIdx.x);
-                const int first = column * kBiasTileWidth + 8 * i + 2 * (threadIdx.x % 4);
-                write(params, params.grad_rel_w, queries, 0, first, grid.width, sums.x, sums.y);
-                write(params, params.grad_rel_w, queries, 8, first, grid.width, sums.z, sums.w);
+            for (int j = 0; j < kTogether; j++) {
+                const int column = first + j;
+                if (column >= grid.tile_columns || !(column >= kSeenColumns || seen >> column & 1)) continue;
+#pragma unroll
+                for (int i = 0; i < 2; i++) sums[j][i] = __ldcg(vector(column, i));
+            }
+#pragma unroll
+            for (int j = 0; j < kTogether; j++) {
+                const int column = first + j;
+                if (column >= grid.tile_columns) break;
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    target.write(column * kBiasTileWidth + 8 * i, sums[j][i]);
+                    // What was read need not go to memory.
+                    __syncwarp();
+                    if (threadIdx.x % 8 == 0) asm volatile("discard.global.L2 [%0], 128;" ::"l"(vector(column, i)) : "memory");
+                }
             }
         }
+        enter_row(params, (grid.height + kBiasTileHeight - 1) / kBiasTileHeight, last);
     }
 
   private:
+    static constexpr int kSeenColumns = 32;
     static constexpr int kVectors = 2 * kThreads;  // float4 per tile
     static_assert(4 * kVectors == kBlockTokens * kBiasTileWidth, "a sum for each query and column of a tile");
 
-    __device__ __forceinline__ void write_rows(const BackwardParams& params, const BlockPlace& queries, int tile_row) const {
-        const int first = tile_row * kBiasTileHeight + 2 * (threadIdx.x % 4), height = params.key_grid.height;
-        const float4 rows = rows_[threadIdx.x];
-        write(params, params.grad_rel_h, queries, 0, first, height, rows.x, rows.y);
-        write(params, params.grad_rel_h, queries, 8, first, height, rows.z, rows.w);
+    // This thread's sums of a column of tiles, in two vectors.
+    __device__ __forceinline__ float4* vector(int tile_column, int i) const {
+        return workspace_ + tile_column * kVectors + i * kThreads + threadIdx.x;
     }
 
-    // Two neighbouring values, from `first` on, of the query `below` this thread's first, as far as they exist.
-    static __device__ __forceinline__ void write(const BackwardParams& params, void* gradient, const BlockPlace& queries,
-                                                 int below, int first, int length, float x, float y) {
-        const int slot = query_row_of_thread() + below;
-        if (!queries.exists(slot) || first >= length) return;
-        const GridParams& grid = params.query_grid;
-        const int64_t tokens = grid.prefix + grid.height * grid.width + grid.suffix;
-        const int64_t row = (int64_t(blockIdx.z) * params.query_heads + blockIdx.y) * tokens + queries.token(slot);
-        T* const target = static_cast<T*>(gradient) + row * length + first;
-        if (length % 2 == 0) {
-            *reinterpret_cast<uint32_t*>(target) = pack<T>(x, y);
-        } else {
-            target[0] = T(x);
-            if (first + 1 < length) target[1] = T(y);
+    // Where the gradients of this thread's two queries go, those of queries that do not exist nowhere.
+    struct Target {
+        T* rows[2];
+        int length;
+
+        __device__ __forceinline__ Target(const BackwardParams& params, void* gradient, BlockCode query_block, int length)
+            : length(length) {
+            const GridParams& grid = params.query_grid;
+            const BlockPlace queries(grid, query_block);
+            const int64_t tokens = grid.prefix + grid.height * grid.width + grid.suffix;
+            const int64_t first_token = (int64_t(blockIdx.z) * params.query_heads + blockIdx.y) * tokens;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int slot = query_row_of_thread() + 8 * i;
+                T* const row = static_cast<T*>(gradient) + (first_token + queries.token(slot)) * length;
+                rows[i] = queries.exists(slot) ? row + 2 * (threadIdx.x % 4) : nullptr;
+            }
         }
+
+        // Two values for each query: of the quad's eight columns from `first` on, as far as they exist.
+        __device__ __forceinline__ void write(int first, const float4& values) const {
+            const int left = length - first - 2 * (threadIdx.x % 4);
+            if (left <= 0) return;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (rows[i] == nullptr) continue;
+                const float x = i == 0 ? values.x : values.z, y = i == 0 ? values.y : values.w;
+                if (length % 2 == 0) {
+                    *reinterpret_cast<uint32_t*>(rows[i] + first) = pack<T>(x, y);
+                } else {
+                    rows[i][first] = T(x);
+                    if (left > 1) rows[i][first + 1] = T(y);
+                }
+            }
+        }
+    };
+
+    __device__ __forceinline__ void write_rows(const Target& target, int tile_row) const {
+        target.write(tile_row * kBiasTileHeight, rows_[threadIdx.x]);
     }
 
     float4 rows_[kThreads];

@@ -10,6 +10,7 @@
 // not exist have rows of their own in dK and dV, which are never stored, and padded ones are stored as 0.
 #pragma once
 
+#include "../common/dropout.cuh"
 #include "../common/half_block.cuh"
 #include "../common/query_list.cuh"
 #include "../common/softmax.cuh"
@@ -19,12 +20,12 @@
 
 namespace sparse_attn {
 
-template <typename T, int kHeadDim, bool kRelativePosition>
+template <typename T, int kHeadDim, bool kRelativePosition, bool kDropout>
 struct KeyBackward {
     static_assert(kHeadDim <= 128, "two 64-wide chunks per tile");
     static constexpr int kThreads = 128;
     static constexpr int kWarps = kThreads / 32;
-    static constexpr int kThreadBlocks = kHeadDim <= 64 ? 3 : 2;  // per multiprocessor
+    static constexpr int kThreadBlocks = kHeadDim <= 64 && !kDropout ? 3 : 2;  // per multiprocessor
     static constexpr int kStages = kHeadDim <= 64 ? 3 : 2;
     static constexpr int kChunks = (kHeadDim + 63) / 64;
     static constexpr int kChunkBytes = kHalfBlockTokens * 128;
@@ -32,6 +33,12 @@ struct KeyBackward {
 
     struct NoBias {};
     using Bias = std::conditional_t<kRelativePosition, HalfBlockBias<T>, NoBias>;
+
+    // Half a block of queries.
+    struct QueryPlace {
+        BlockCode block;
+        int half, head;
+    };
 
     struct Storage {
         alignas(1024) unsigned char key[kTileBytes];    // holds its gradient at the end
@@ -41,6 +48,7 @@ struct KeyBackward {
         alignas(128) Bias bias[kStages];
         alignas(16) PairStatistics statistics[kStages][kHalfBlockTokens / 2];
         uint64_t key_full, full[kStages], free[kStages];
+        std::conditional_t<kDropout, QueryPlace, NoBias> place[kStages];
     };
     static_assert(kThreadBlocks * (sizeof(Storage) + 1024) <= 228 * 1024, "the thread blocks must fit in one multiprocessor");
 
@@ -80,6 +88,10 @@ struct KeyBackward {
             half ^= 1;
             if (half == 0) block = list.next(params);
             uint64_t* full = &storage.full[stage];
+            if constexpr (kDropout) {
+                if (threadIdx.x % 32 == 0) storage.place[stage] = {block, half, list.head};
+                __syncwarp();
+            }
             const bool has_bias = kRelativePosition && part_of(place.block) == kImage;
             barrier_arrive_expect(full, 2 * kTileBytes + sizeof(storage.statistics[0]) + (has_bias ? sizeof(Bias) : 0));
             const TileCoordinates at = half_block_at(params.query_grid, block, half, list.head, place.batch);
@@ -113,6 +125,16 @@ struct KeyBackward {
         for (int step = 0; step < 4; step++) {
             wgmma_output<T, kHeadDim>(gradient, a[step], tile_descriptor(queries + step * kDepthStepDownRows));
         }
+    }
+
+    // Random words of the rows of weights of two neighbouring queries, whose number is the lane's.
+    static __device__ __forceinline__ uint2 dropout_rows_of_lane(const BackwardParams& params, const QueryPlace& query,
+                                                                 int batch) {
+        const BlockPlace place(params.query_grid, query.block);
+        const int any_head = batch * params.query_heads + query.head;
+        const int slot = query.half * kHalfBlockTokens + 2 * (threadIdx.x % 32);
+        return {dropout_row(params.dropout, any_head, place.token(slot)),
+                dropout_row(params.dropout, any_head, place.token(slot + 1))};
     }
 
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
@@ -180,15 +202,33 @@ struct KeyBackward {
             }
             wgmma_wait<0>(grads);
             uint32_t a_weights[4][4], a_grads[4][4];
+            uint2 dropout_rows;
+            if constexpr (kDropout) dropout_rows = dropout_rows_of_lane(params, storage.place[stage], place.batch);
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const float2 delta = statistics[4 * i + lane % 4].delta;
+if constexpr (kDropout) {
+                    const int source = 4 * i + lane % 4;
+                    const uint32_t rows[2] = {__shfl_sync(0xffffffff, dropout_rows.x, source),
+                                              __shfl_sync(0xffffffff, dropout_rows.y, source)};
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const int slot = place.half * kHalfBlockTokens + 16 * warp + lane / 4 + 8 * (j / 2);
+                        const bool kept = is_kept(params.dropout, rows[j % 2], tokens.token(slot));
+                        const float factor = kept ? params.dropout.inverse_keep : 0.0f, weight = weights[4 * i + j];
+                        grads[4 * i + j] = weight * (grads[4 * i + j] * factor - (j % 2 ? delta.y : delta.x));
+                        weights[4 * i + j] = weight * factor;
+                    }
+                } else {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        grads[4 * i + j] = weights[4 * i + j] * (grads[4 * i + j] - (j % 2 ? delta.y : delta.x));
+                    }
+                }
 #pragma unroll
                 for (int j = 0; j < 4; j += 2) {
-                    const float x = weights[4 * i + j] * (grads[4 * i + j] - delta.x);
-                    const float y = weights[4 * i + j + 1] * (grads[4 * i + j + 1] - delta.y);
                     a_weights[i / 2][i % 2 * 2 + j / 2] = pack<T>(weights[4 * i + j], weights[4 * i + j + 1]);
-                    a_grads[i / 2][i % 2 * 2 + j / 2] = pack<T>(x, y);
+                    a_grads[i / 2][i % 2 * 2 + j / 2] = pack<T>(grads[4 * i + j], grads[4 * i + j + 1]);
                 }
             }
             pin_registers(grad_value);
@@ -247,10 +287,10 @@ struct KeyBackward {
     }
 };
 
-template <typename T, int kHeadDim, bool kRelativePosition>
-__global__ void __launch_bounds__(128, KeyBackward<T, kHeadDim, kRelativePosition>::kThreadBlocks)
+template <typename T, int kHeadDim, bool kRelativePosition, bool kDropout>
+__global__ void __launch_bounds__(128, KeyBackward<T, kHeadDim, kRelativePosition, kDropout>::kThreadBlocks)
     backward_key(const __grid_constant__ BackwardParams params) {
-    using Kernel = KeyBackward<T, kHeadDim, kRelativePosition>;
+    using Kernel = KeyBackward<T, kHeadDim, kRelativePosition, kDropout>;
     extern __shared__ __align__(1024) unsigned char shared[];
     Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared));
 }

@@ -10,9 +10,10 @@
 // the kernel of keys and values.
 #pragma once
 
+#include "../common/dropout.cuh"
 #include "../common/half_block.cuh"
-#include "../common/initial_logits.cuh"
 #include "../common/key_list.cuh"
+#include "../common/key_offsets.cuh"
 #include "../common/relative_position_sums.cuh"
 #include "../common/statistics.cuh"
 #include "../common/wgmma_backward.cuh"
@@ -20,9 +21,10 @@
 
 namespace sparse_attn {
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 struct QueryBackward {
     static_assert(kHeadDim <= 128, "two 64-wide chunks per tile; wider heads do not fit in shared memory");
+    static_assert(kMaskedKeys || !kDropout, "dropout is for the general variant");
     static constexpr int kThreads = 256;
     static constexpr int kWarps = kThreads / 32;
     static constexpr int kThreadBlocks = kHeadDim <= 64 ? 2 : 1;  // per multiprocessor
@@ -60,6 +62,7 @@ struct QueryBackward {
         // Kept here because every register of the main loop counts.
         BlockCode query_block;
         int64_t key_list;
+        uint32_t dropout_rows[kDropout ? kBlockTokens : 1];
     };
     static_assert(kThreadBlocks * (sizeof(Storage) + 1024) <= 228 * 1024, "the thread blocks must fit in one multiprocessor");
 
@@ -124,17 +127,16 @@ struct QueryBackward {
         }
     }
 
-    template <bool kAccumulate>
     static __device__ __forceinline__ void issue_scores(float (&scores)[kKeys / 2], int queries, int keys) {
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; step++) {
             const int along = step % 4 * kDepthStepAlongRows;
             const uint64_t a = tile_descriptor(queries + step / 4 * (kQueryChunkBytes >> 4) + along);
             const uint64_t b = tile_descriptor(keys + step / 4 * (kKeyChunkBytes >> 4) + along);
-            if (kAccumulate || step > 0) {
-                wgmma_scores<T, kKeys, true>(scores, a, b);
-            } else {
+            if (step == 0) {
                 wgmma_scores<T, kKeys, false>(scores, a, b);
+            } else {
+                wgmma_scores<T, kKeys, true>(scores, a, b);
             }
         }
         wgmma_commit();
@@ -175,8 +177,7 @@ struct QueryBackward {
 
     // Completes them, and writes them for the kernel of keys and values.
     static __device__ __forceinline__ void find_statistics(const BackwardParams& params, const Storage& storage,
-                                                           int query_block, bool has_keys, float (&offset)[2],
-                                                           float (&delta)[2]) {
+                                                           int query_block, float (&offset)[2], float (&delta)[2]) {
         const int64_t any_head = int64_t(blockIdx.z) * params.query_heads + blockIdx.y;
         const int lane_of_quad = threadIdx.x % 4;
         float* const statistics =
@@ -184,24 +185,22 @@ struct QueryBackward {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int slot = query_row_of_thread() + 8 * i;
-            if (has_keys) {
-                float sum = 0.0f;
+            float sum = 0.0f;
 #pragma unroll
-                for (int group = 0; group < 2 * kChunks; group++) {
-                    const int column_group = group % 2 * 4 + lane_of_quad;
-                    const int at = group / 2 * kQueryChunkBytes + slot * 128 + ((column_group ^ slot % 8) << 4);
-                    const uint4 out = *reinterpret_cast<const uint4*>(&storage.stages[kStages - 1].key[at]);
-                    const uint4 grad = *reinterpret_cast<const uint4*>(&storage.grad_out[at]);
-                    const uint32_t outs[4] = {out.x, out.y, out.z, out.w}, grads[4] = {grad.x, grad.y, grad.z, grad.w};
+            for (int group = 0; group < 2 * kChunks; group++) {
+                const int column_group = group % 2 * 4 + lane_of_quad;
+                const int at = group / 2 * kQueryChunkBytes + slot * 128 + ((column_group ^ slot % 8) << 4);
+                const uint4 out = *reinterpret_cast<const uint4*>(&storage.stages[kStages - 1].key[at]);
+                const uint4 grad = *reinterpret_cast<const uint4*>(&storage.grad_out[at]);
+                const uint32_t outs[4] = {out.x, out.y, out.z, out.w}, grads[4] = {grad.x, grad.y, grad.z, grad.w};
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const float2 x = unpack<T>(outs[j]), y = unpack<T>(grads[j]);
-                        sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
-                    }
+                for (int j = 0; j < 4; j++) {
+                    const float2 x = unpack<T>(outs[j]), y = unpack<T>(grads[j]);
+                    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
                 }
-                delta[i] += quad_sum(sum);
             }
-            if (!has_keys || offset[i] == -INFINITY) {
+            delta[i] += quad_sum(sum);
+            if (offset[i] == -INFINITY) {
                 offset[i] = INFINITY;
                 delta[i] = 0.0f;
             }
@@ -217,28 +216,39 @@ struct QueryBackward {
         float offset[2], delta[2];
         {
             const QueryRow row = query_row(params, blockIdx.x, blockIdx.y, blockIdx.z);
-            if (threadIdx.x == 0) prepare(params, storage);
-            keys.open(params, row.list);
             const BlockCode query_block = warp_uniform(code_of_block(params.query_grid, row.block));
+            // The queries are fetched even for a row without keys: waiting for its length would delay all others.
+            if (warp == 0) {
+                if (threadIdx.x == 0) prepare(params, storage);
+                __syncwarp();
+                load_queries(storage, params, query_block);
+            }
+            keys.open(params, row.list);
             if (threadIdx.x == 0) {
                 storage.query_block = query_block;
                 storage.key_list = row.list;
                 if constexpr (kRelativePosition) storage.sums.place_at(params, row.block, query_block);
             }
             __syncthreads();
-            if (warp == 0 && keys.count > 0) load_queries(storage, params, query_block);
             if (warp > 0 && warp < kStages && warp - 1 < keys.count * kSteps) {
                 const BlockCode key_block = keys.next(params, storage.key_list, (warp - 1) / kSteps);
                 load_step(storage, params, warp - 1, key_block, warp - 1);
             }
             read_statistics(params, query_block, offset, delta);
+            if constexpr (kDropout) {
+                if (threadIdx.x < kBlockTokens) {
+                    const int token = BlockPlace(params.query_grid, query_block).token(threadIdx.x);
+                    const int any_head = blockIdx.z * params.query_heads + blockIdx.y;
+                    storage.dropout_rows[threadIdx.x] = dropout_row(params.dropout, any_head, token);
+                }
+            }
             if constexpr (kRelativePosition) {
                 storage.sums.clear(params);
                 storage.places.fill();
                 fence_async_proxy();
             }
-            if (keys.count > 0) barrier_wait(&storage.query_full, 0);
-            find_statistics(params, storage, row.block, keys.count > 0, offset, delta);
+            barrier_wait(&storage.query_full, 0);
+            find_statistics(params, storage, row.block, offset, delta);
             __syncthreads();
         }
         const int total = keys.count * kSteps;
@@ -250,6 +260,7 @@ struct QueryBackward {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; i++) grad[i] = 0.0f;
         int tile_row = -1;  // of the keys before
+        uint32_t seen_columns = 0;
 
         const int query_tile = tile_along_rows(storage.query + warpgroup * kHalfChunkBytes);
         const int grad_out_tile = tile_along_rows(storage.grad_out + warpgroup * kHalfChunkBytes);
@@ -260,18 +271,9 @@ struct QueryBackward {
             Stage& tiles = storage.stages[stage];
             barrier_wait(&storage.full[stage], parity);
             float weights[kKeys / 2], grads[kKeys / 2];
-            BlockCode key_block = 0;
-            if constexpr (kRelativePosition || kMaskedKeys) {
-                key_block = warp_uniform(threadIdx.x % 32 == 0 ? storage.key_block[stage] : 0);
-                const RelativePositionTile<T>* bias = nullptr;
-                if constexpr (kRelativePosition) bias = &storage.bias[step / kSteps % 2];
-                initial_logits<T, kRelativePosition, kMaskedKeys>(weights, params, key_block, blockIdx.z, bias,
-                                                                  kSteps == 1 ? 0 : step % 2);
-                pin_registers(weights);
-            }
             wgmma_fence();
-            issue_scores<kRelativePosition || kMaskedKeys>(weights, query_tile, tile_along_rows(tiles.key));
-            issue_scores<false>(grads, grad_out_tile, tile_along_rows(tiles.value));
+            issue_scores(weights, query_tile, tile_along_rows(tiles.key));
+            issue_scores(grads, grad_out_tile, tile_along_rows(tiles.value));
             // The last warp to leave a stage refills it, in the shade of these products.
             const int next_step = step + kStages - 1;
             if (step > 0 && next_step < total) {
@@ -280,12 +282,22 @@ struct QueryBackward {
                     load_step(storage, params, stage == 0 ? kStages - 1 : stage - 1, next_block, next_step);
                 }
             }
-            wgmma_wait<1>(weights);
-#pragma unroll
-            for (int i = 0; i < kKeys / 2; i++) {
-                weights[i] = exp2_approximate(fmaf(weights[i], params.scale_log2, -offset[i / 2 % 2]));
+            BlockCode key_block = 0;
+            const RelativePositionTile<T>* bias = nullptr;
+            if constexpr (kRelativePosition) bias = &storage.bias[step / kSteps % 2];
+            if constexpr (kRelativePosition || kMaskedKeys) {
+                key_block = warp_uniform(threadIdx.x % 32 == 0 ? storage.key_block[stage] : 0);
             }
+            const int first_slot = step % kSteps * kKeys;
+            const KeyOffsets<T, kKeys, kRelativePosition, kMaskedKeys> offsets(params, key_block, first_slot, bias, offset);
+            wgmma_wait<1>(weights);
+            offsets.exponentiate(weights, params.scale_log2, offset);
             wgmma_wait<0>(grads);
+            if constexpr (kDropout) {
+                const int row = query_row_of_thread();
+                const uint32_t rows[2] = {storage.dropout_rows[row], storage.dropout_rows[row + 8]};
+                drop_keys(grads, params.dropout, rows, BlockPlace(params.key_grid, key_block), first_slot);
+            }
             uint32_t a[kKeys / 16][4];
 #pragma unroll
             for (int i = 0; i < kKeys / 4; i++) {
@@ -316,18 +328,18 @@ struct QueryBackward {
             }
             wgmma_commit();
             wgmma_wait<0>(grad);
+            gone_before = leave(storage, stage);
             if constexpr (kRelativePosition) {
                 pin_registers(sums);
-                if (is_on_grid) storage.sums.take(sums, key_block & (kMaxTileColumns - 1));
+                if (is_on_grid) storage.sums.take(sums, key_block & (kMaxTileColumns - 1), seen_columns);
             }
-            gone_before = leave(storage, stage);
             if (++stage == kStages) {
                 stage = 0;
                 parity ^= 1;
             }
         }
 
-        if constexpr (kRelativePosition) storage.sums.end(params, total > 0, tile_row);
+        if constexpr (kRelativePosition) storage.sums.end(params, tile_row, seen_columns);
         unsigned char* rows = storage.query + warpgroup * kHalfChunkBytes;
         const float factor[2] = {params.scale, params.scale};
         warpgroup_sync(warpgroup);
@@ -367,10 +379,10 @@ struct QueryBackward {
     }
 };
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
-__global__ void __launch_bounds__(256, QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys>::kThreadBlocks)
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
+__global__ void __launch_bounds__(256, QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>::kThreadBlocks)
     backward_query(const __grid_constant__ BackwardParams params) {
-    using Kernel = QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys>;
+    using Kernel = QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>;
     extern __shared__ __align__(1024) unsigned char shared[];
     Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared));
 }

@@ -21,36 +21,45 @@ cudaError_t launch_backward(void (*kernel)(BackwardParams), dim3 blocks, const B
     return cudaGetLastError();
 }
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 cudaError_t launch_query_variant(const BackwardParams& params, int device, cudaStream_t stream) {
     static std::atomic<uint64_t> allowed{0};
     const dim3 blocks(params.query_grid.num_blocks, params.query_heads, params.batch);
-    return launch_backward<QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys>>(
-        backward_query<T, kHeadDim, kRelativePosition, kMaskedKeys>, blocks, params, device, stream, allowed);
+    return launch_backward<QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>>(
+        backward_query<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>, blocks, params, device, stream, allowed);
+}
+
+template <typename T, int kHeadDim, bool kRelativePosition>
+cudaError_t launch_query(const BackwardParams& params, int device, cudaStream_t stream) {
+    if (params.dropout.seed) return launch_query_variant<T, kHeadDim, kRelativePosition, true, true>(params, device, stream);
+    return params.mask_keys ? launch_query_variant<T, kHeadDim, kRelativePosition, true, false>(params, device, stream)
+                            : launch_query_variant<T, kHeadDim, kRelativePosition, false, false>(params, device, stream);
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_backward_query(const BackwardParams& params, bool relative_position, int device, cudaStream_t stream) {
-    if (relative_position) {
-        return params.mask_keys ? launch_query_variant<T, kHeadDim, true, true>(params, device, stream)
-                                : launch_query_variant<T, kHeadDim, true, false>(params, device, stream);
-    }
-    return params.mask_keys ? launch_query_variant<T, kHeadDim, false, true>(params, device, stream)
-                            : launch_query_variant<T, kHeadDim, false, false>(params, device, stream);
+    return relative_position ? launch_query<T, kHeadDim, true>(params, device, stream)
+                             : launch_query<T, kHeadDim, false>(params, device, stream);
 }
 
-template <typename T, int kHeadDim, bool kRelativePosition>
+template <typename T, int kHeadDim, bool kRelativePosition, bool kDropout>
 cudaError_t launch_key_variant(const BackwardParams& params, int device, cudaStream_t stream) {
     static std::atomic<uint64_t> allowed{0};
     const dim3 blocks(2 * params.key_grid.num_blocks, params.query_heads / params.heads_per_key_head, params.batch);
-    return launch_backward<KeyBackward<T, kHeadDim, kRelativePosition>>(
-        backward_key<T, kHeadDim, kRelativePosition>, blocks, params, device, stream, allowed);
+    return launch_backward<KeyBackward<T, kHeadDim, kRelativePosition, kDropout>>(
+        backward_key<T, kHeadDim, kRelativePosition, kDropout>, blocks, params, device, stream, allowed);
+}
+
+template <typename T, int kHeadDim, bool kRelativePosition>
+cudaError_t launch_key(const BackwardParams& params, int device, cudaStream_t stream) {
+    return params.dropout.seed ? launch_key_variant<T, kHeadDim, kRelativePosition, true>(params, device, stream)
+                               : launch_key_variant<T, kHeadDim, kRelativePosition, false>(params, device, stream);
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_backward_key(const BackwardParams& params, bool relative_position, int device, cudaStream_t stream) {
-    return relative_position ? launch_key_variant<T, kHeadDim, true>(params, device, stream)
-                             : launch_key_variant<T, kHeadDim, false>(params, device, stream);
+    return relative_position ? launch_key<T, kHeadDim, true>(params, device, stream)
+                             : launch_key<T, kHeadDim, false>(params, device, stream);
 }
 
 template <typename T, int kHeadDim>

@@ -43,7 +43,8 @@ _library.define(
     "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, Tensor(g!)? rel_w_sums, Tensor(h!)? grad_query_sums, "
     "Tensor(i!)? blocks_taken, Tensor? key_counts, Tensor? key_indices, "
     "Tensor? row_order, Tensor? query_counts, Tensor? query_indices, Tensor? rel_h, Tensor? rel_w, "
-    "Tensor? key_padding_mask, int[] query_grid, int[] key_grid, float scale) -> ()"
+    "Tensor? key_padding_mask, Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, "
+    "float dropout_p) -> ()"
 )
 
 
@@ -162,9 +163,11 @@ def _launch_backward(
         rel_h,
         rel_w,
         None if padding is None else padding.contiguous(),
+        inputs.dropout_seed,
         inputs.query_grid.pack(),
         inputs.key_grid.pack(),
         scale,
+        inputs.dropout_p,
     )
     return AttentionGradients(*grads, grad_rel_h, grad_rel_w)
 
