@@ -35,6 +35,7 @@ _FLAGS = (
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xptxas=-v",
+    "-Xfatbin=-compress-all",  # a quarter of the size
     "-DUSE_CUDA",
 )
 # The compiler then runs matrix products one after the other: the kernel is right, and several times too slow.

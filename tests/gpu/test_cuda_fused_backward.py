@@ -1,4 +1,4 @@
-"""The fused backward kernel, and when it is chosen. Its dQ is summed in any order: equal runs differ in the last bits."""
+"""The fused backward kernel, and when it is chosen. It sums dQ in any order: equal runs differ in the last bits."""
 
 from __future__ import annotations
 
