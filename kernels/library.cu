@@ -27,8 +27,9 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
                   const std::optional<Tensor>& lse, const std::optional<Tensor>& key_counts,
                   const std::optional<Tensor>& key_indices, const std::optional<Tensor>& row_order,
                   const std::optional<Tensor>& rel_h, const std::optional<Tensor>& rel_w,
-                  const std::optional<Tensor>& key_padding_mask, const std::vector<int64_t>& query_grid,
-                  const std::vector<int64_t>& key_grid, double scale) {
+                  const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& dropout_seed,
+                  const std::vector<int64_t>& query_grid, const std::vector<int64_t>& key_grid, double scale,
+                  double dropout_p) {
     ForwardParams params{};
     params.query_grid = grid_params("query_grid", query_grid);
     params.key_grid = grid_params("key_grid", key_grid);
@@ -73,6 +74,7 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     params.key_padding = pointer<uint8_t>(key_padding_mask);
     params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
     params.lse = pointer<float>(lse);
+    params.dropout = dropout_params(dropout_seed, dropout_p);
 
     const int32_t device = query.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);

@@ -55,6 +55,7 @@ struct ForwardParams {
     float scale_log2;  // scale * log2(e): the exponentials are powers of two
     float inverse_scale;
     bool mask_keys;    // some key block has absent keys: ragged tiles, extra tokens, padding
+    DropoutParams dropout;
 };
 
 struct BackwardParams {
