@@ -28,8 +28,9 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
                   const std::optional<Tensor>& lse, const std::optional<Tensor>& key_counts,
                   const std::optional<Tensor>& key_indices, const std::optional<Tensor>& row_order,
                   const std::optional<Tensor>& rel_h, const std::optional<Tensor>& rel_w,
-                  const std::optional<Tensor>& key_padding_mask, const std::vector<int64_t>& query_grid,
-                  const std::vector<int64_t>& key_grid, double scale) {
+                  const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& dropout_seed,
+                  const std::vector<int64_t>& query_grid, const std::vector<int64_t>& key_grid, double scale,
+                  double dropout_p) {
     ForwardParams params{};
     params.query_grid = grid_params("query_grid", query_grid);
     params.key_grid = grid_params("key_grid", key_grid);
@@ -58,6 +59,7 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
 
     const int32_t device = query.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
+    params.dropout = dropout_params(dropout_seed, dropout_p);
     params.half_blocks = !rel_h.has_value() && tall_is_faster(params, int(head_dim), device);
     params.query = encode_tokens("query", query, params.query_grid, 64, true, params.half_blocks ? 2 : 1);
     params.key = encode_tokens("key", key, params.key_grid, 64, true);

@@ -55,6 +55,7 @@ struct ForwardParams {
     float inverse_scale;
     bool half_blocks;       // the kernel that will run takes queries by half blocks
     int masked_key_blocks;  // with absent keys: ragged tiles, extra tokens, padding
+    DropoutParams dropout;
 };
 
 struct BackwardParams {

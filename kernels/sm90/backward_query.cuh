@@ -30,6 +30,7 @@ struct QueryBackward {
     static constexpr int kThreadBlocks = kHeadDim <= 64 ? 2 : 1;  // per multiprocessor
     static constexpr int kStages = kHeadDim <= 64 ? 3 : 2;
     static constexpr int kKeys = kHeadDim <= 64 ? 64 : 128;  // per step
+    static constexpr bool kTakesTurns = kHeadDim <= 64;
     static constexpr int kSteps = kBlockTokens / kKeys;      // per block of keys
     static constexpr int kChunks = (kHeadDim + 63) / 64;
     static constexpr int kHalfChunkBytes = kHalfBlockTokens * 128;
@@ -267,13 +268,17 @@ struct QueryBackward {
         unsigned gone_before = 0;  // warps that had left the stage before this one when this one left it
         int stage = 0;
         uint32_t parity = 0;
+        if (kTakesTurns && warpgroup == 1 && total > 0) give_turn(0);
         for (int step = 0; step < total; step++) {
             Stage& tiles = storage.stages[stage];
             barrier_wait(&storage.full[stage], parity);
             float weights[kKeys / 2], grads[kKeys / 2];
+            // Taking turns keeps the warpgroups out of step; wider heads gain nothing by it.
+            if constexpr (kTakesTurns) await_turn(warpgroup);
             wgmma_fence();
             issue_scores(weights, query_tile, tile_along_rows(tiles.key));
             issue_scores(grads, grad_out_tile, tile_along_rows(tiles.value));
+            if constexpr (kTakesTurns) give_turn(warpgroup ^ 1);
             // The last warp to leave a stage refills it, in the shade of these products.
             const int next_step = step + kStages - 1;
             if (step > 0 && next_step < total) {

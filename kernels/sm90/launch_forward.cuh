@@ -23,29 +23,42 @@ cudaError_t launch_kernel(void (*kernel)(ForwardParams), const dim3& blocks, con
     return cudaGetLastError();
 }
 
+inline dim3 one_per_multiprocessor(int64_t work, int device) {
+    return dim3(unsigned(std::min<int64_t>(work, multiprocessors(device))));
+}
+
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
+cudaError_t launch_persistent(const ForwardParams& params, int device, cudaStream_t stream) {
+    const int64_t work = int64_t(params.query_grid.num_blocks) * params.query_heads * params.batch;
+    return launch_kernel<PersistentForward<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>>(
+        forward_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>, one_per_multiprocessor(work, device),
+        params, device, stream);
+}
+
 template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
 cudaError_t launch_variant(const ForwardParams& params, int device, cudaStream_t stream) {
-    const auto one_each = [&](int64_t work) { return dim3(unsigned(std::min<int64_t>(work, multiprocessors(device)))); };
-    if constexpr (kHeadDim == 64 && !kRelativePosition) {
-        using Tall = TallForward<T, kHeadDim, kMaskedKeys>;
-        if (params.half_blocks) {
-            return launch_kernel<Tall>(forward_tall<T, kHeadDim, kMaskedKeys>, one_each(Tall::work_count(params)), params,
-                                       device, stream);
+    if constexpr (kHeadDim > 64) {
+        return launch_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys, false>(params, device, stream);
+    } else {
+        if constexpr (kHeadDim == 64 && !kRelativePosition) {
+            using Tall = TallForward<T, kHeadDim, kMaskedKeys>;
+            if (params.half_blocks) {
+                return launch_kernel<Tall>(forward_tall<T, kHeadDim, kMaskedKeys>,
+                                           one_per_multiprocessor(Tall::work_count(params), device), params, device, stream);
+            }
         }
-    }
-    if constexpr (kHeadDim <= 64) {
         const dim3 blocks(params.query_grid.num_blocks, params.query_heads, params.batch);
         return launch_kernel<PairedForward<T, kHeadDim, kRelativePosition, kMaskedKeys>>(
             forward_paired<T, kHeadDim, kRelativePosition, kMaskedKeys>, blocks, params, device, stream);
-    } else {
-        const int64_t work = int64_t(params.query_grid.num_blocks) * params.query_heads * params.batch;
-        return launch_kernel<PersistentForward<T, kHeadDim, kRelativePosition, kMaskedKeys>>(
-            forward_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys>, one_each(work), params, device, stream);
     }
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_forward(const ForwardParams& params, bool relative_position, int device, cudaStream_t stream) {
+    if (params.dropout.seed != nullptr) {
+        return relative_position ? launch_persistent<T, kHeadDim, true, true, true>(params, device, stream)
+                                 : launch_persistent<T, kHeadDim, false, true, true>(params, device, stream);
+    }
     if (relative_position) {
         return params.masked_key_blocks > 0 ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
                                 : launch_variant<T, kHeadDim, true, false>(params, device, stream);

@@ -35,7 +35,7 @@ _library = torch.library.Library("sparse_attn_modules", "FRAGMENT")
 _library.define(
     "forward_sm90(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor(b!)? lse, Tensor? key_counts, "
     "Tensor? key_indices, Tensor? row_order, Tensor? rel_h, Tensor? rel_w, Tensor? key_padding_mask, "
-    "int[] query_grid, int[] key_grid, float scale) -> ()"
+    "Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, float dropout_p) -> ()"
 )
 _library.define(
     "backward_sm90(Tensor query, Tensor key, Tensor value, Tensor grad_out, Tensor out, Tensor lse, Tensor? grad_lse, "
@@ -55,8 +55,6 @@ def why_not(request: Request) -> str | None:
         return f"it computes in float16 and bfloat16, got {request.dtype}"
     if request.head_dim % 8 or request.head_dim > _MAX_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {_MAX_HEAD_DIM}, got {request.head_dim}"
-    if request.dropout:
-        return "it has no dropout"
     for grid in (request.query_grid, request.key_grid):
         if (reason := _why_not_grid(grid)) is not None:
             return reason
@@ -252,9 +250,11 @@ def _launch(inputs: AttentionInputs, query: Tensor, scale: float, out: Tensor, l
         rel_h,
         rel_w,
         None if padding is None else padding.contiguous(),
+        inputs.dropout_seed,
         inputs.query_grid.pack(),
         inputs.key_grid.pack(),
         scale,
+        inputs.dropout_p,
     )
 
 

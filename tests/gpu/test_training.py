@@ -106,7 +106,7 @@ def test_float16_with_a_gradient_scaler():
     scaler = torch.amp.GradScaler("cuda")
     x, labels = batch(4)
     losses = []
-    for _ in range(20):
+    for _ in range(40):
         optimizer.zero_grad()
         with torch.autocast("cuda", torch.float16):
             loss = F.cross_entropy(model(x), labels)
