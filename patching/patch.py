@@ -141,8 +141,10 @@ def _replacement(slot: Slot, verdict: Replaceable, arguments: _Arguments) -> nn.
     new = verdict.build(DenseOnFewTiles.around(pattern), backend, compute_dtype)
     geometry = verdict.geometry()
     if geometry is not None:
-        # A pattern that does not fit raises here rather than in the first forward pass.
-        new.pattern.mask(geometry[0], verdict.num_heads)
+        # A pattern that does not fit raises here rather than in the first forward pass; and a model that is compiled
+        # before it ever runs finds its mask.
+        device = next((parameter.device for parameter in new.parameters()), torch.device("cpu"))
+        new.keep_masks([new.pattern.mask(geometry[0], verdict.num_heads, device=device)])
     adopt(new, slot.original)
     vars(new)["_original"] = Original(slot.original)
     return new

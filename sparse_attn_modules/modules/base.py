@@ -55,16 +55,17 @@ class SparseAttention(nn.Module):
     def _set_pattern(self, pattern: Pattern | str) -> None:
         self._pattern = resolve_pattern(pattern)
         self._pattern_name = register_for_tracing(self._pattern)
-        self._masks: tuple[BlockMask, ...] = ()
+        self._masks: dict[str, BlockMask] = {}
 
     def block_mask(
         self, query_grid: TokenGrid, num_heads: int, device: torch.device, key_grid: TokenGrid | None = None
     ) -> BlockMask:
         """The mask of this layer's pattern on a geometry; the last few are kept."""
         key_grid = query_grid if key_grid is None else key_grid
-        for mask in self._masks:
-            if mask.query_grid == query_grid and mask.key_grid == key_grid and mask.device == device:
-                return mask
+        # Compiled code asks for one name, so that masks for other geometries may come and go.
+        name = _mask_name(query_grid, key_grid, device)
+        if name in self._masks:
+            return self._masks[name]
         if torch.compiler.is_compiling():
             return traced_mask(self._pattern_name, query_grid, key_grid, num_heads, device)
         mask = self.pattern.mask(query_grid, num_heads, key_grid=key_grid, device=device)
@@ -74,7 +75,7 @@ class SparseAttention(nn.Module):
     @property
     def kept_masks(self) -> tuple[BlockMask, ...]:
         """The masks that :meth:`block_mask` finds without asking the pattern, the latest last."""
-        return self._masks
+        return tuple(self._masks.values())
 
     def keep_masks(self, masks: Iterable[BlockMask]) -> None:
         """Adds masks of this layer's pattern to those kept.
@@ -82,7 +83,12 @@ class SparseAttention(nn.Module):
         Compiled code takes a kept mask as a tensor like any other: it runs on, without being compiled again, when a new
         pattern is assigned and its masks for the same geometries are kept before the next call.
         """
-        self._masks = (*self._masks, *masks)[-_MAX_MASKS:]
+        for mask in masks:
+            name = _mask_name(mask.query_grid, mask.key_grid, mask.device)
+            self._masks.pop(name, None)
+            self._masks[name] = mask
+        while len(self._masks) > _MAX_MASKS:
+            del self._masks[next(iter(self._masks))]
 
     def attend(
         self,
@@ -123,7 +129,7 @@ class SparseAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Masks can be rebuilt; copies and pickles need not carry them.
-        return {**self.__dict__, "_masks": ()}
+        return {**self.__dict__, "_masks": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -131,3 +137,7 @@ class SparseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pattern={self.pattern}"
+
+
+def _mask_name(query_grid: TokenGrid, key_grid: TokenGrid, device: torch.device) -> str:
+    return f"{query_grid.pack()} {key_grid.pack()} {device}"
