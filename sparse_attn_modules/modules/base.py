@@ -14,7 +14,7 @@ from ..backends import BACKENDS
 from ..block_mask import BlockMask
 from ..functional import block_sparse_attention
 from ..patterns import Dense, Pattern, resolve_pattern
-from ..patterns.traced import register_for_tracing, traced_mask
+from ..patterns.traced import LISTS, register_for_tracing, traced_mask
 from ..token_grid import TokenGrid
 
 _MAX_MASKS = 8  # kept per layer: more than the image sizes of one training run, less than a leak
@@ -87,6 +87,8 @@ class SparseAttention(nn.Module):
             name = _mask_name(mask.query_grid, mask.key_grid, mask.device)
             self._masks.pop(name, None)
             self._masks[name] = mask
+            for part in (mask.blocks, *(getattr(mask, list_name) for list_name in LISTS)):
+                _mark_static(part)
         while len(self._masks) > _MAX_MASKS:
             del self._masks[next(iter(self._masks))]
 
@@ -141,3 +143,13 @@ class SparseAttention(nn.Module):
 
 def _mask_name(query_grid: TokenGrid, key_grid: TokenGrid, device: torch.device) -> str:
     return f"{query_grid.pack()} {key_grid.pack()} {device}"
+
+
+def _mark_static(tensor: Tensor) -> None:
+    """What torch._dynamo.mark_static does, which would import the compiler.
+
+    Without it, compiling with dynamic shapes would take a batch that is as large as a mask to be so ever after.
+    """
+    for part in (tensor, tensor._base):
+        if part is not None:
+            vars(part).update(_dynamo_static_indices=set(range(part.dim())), _has_dynamo_dim_marking=True)
