@@ -1,6 +1,6 @@
 """Fine-tune a vision transformer at high resolution, with dense and with block-sparse attention side by side.
 
-    python examples/finetune_vit.py             # on a GPU: 512 × 512 pixels, 4096 tokens, about a minute
+    python examples/finetune_vit.py             # on a GPU: 512 × 512 pixels, 4096 tokens, a minute or two
     python examples/finetune_vit.py --small     # on two cores of a CPU: 1024 tokens, two minutes
     python examples/finetune_vit.py --resume    # goes on from the last checkpoint of an interrupted run
 
