@@ -59,8 +59,8 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
 
     const int32_t device = query.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    params.dropout = dropout_params(dropout_seed, dropout_p);
-    params.half_blocks = !rel_h.has_value() && tall_is_faster(params, int(head_dim), device);
+    params.half_blocks =
+        !rel_h.has_value() && !dropout_seed.has_value() && tall_is_faster(params, int(head_dim), device);
     params.query = encode_tokens("query", query, params.query_grid, 64, true, params.half_blocks ? 2 : 1);
     params.key = encode_tokens("key", key, params.key_grid, 64, true);
     params.value = encode_tokens("value", value, params.key_grid, 64, true);
@@ -80,6 +80,7 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     params.key_padding = pointer<uint8_t>(key_padding_mask);
     params.masked_key_blocks = params.key_padding != nullptr ? params.key_grid.num_blocks : ragged_blocks(params.key_grid);
     params.lse = pointer<float>(lse);
+    params.dropout = dropout_params(dropout_seed, dropout_p);
 
     const Launch launch = query.scalar_type() == ScalarType::BFloat16 ? forward_for<__nv_bfloat16>(head_dim)
                                                                       : forward_for<__half>(head_dim);

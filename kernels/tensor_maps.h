@@ -63,7 +63,11 @@ inline CUtensorMap encode_part(const char* name, const torch::stable::Tensor& te
     };
     CUresult result = encode();
     // A thread that has not used the device yet, as autograd's may be, has no current context.
-    if (result == CUDA_ERROR_INVALID_CONTEXT && cudaSetDevice(tensor.get_device_index()) == cudaSuccess) result = encode();
+    int device = 0;
+    if (result == CUDA_ERROR_INVALID_CONTEXT && cudaGetDevice(&device) == cudaSuccess &&
+        cudaSetDevice(device) == cudaSuccess) {
+        result = encode();
+    }
     STD_TORCH_CHECK(result == CUDA_SUCCESS, "block_sparse_attention: ", name,
                     " must start at a multiple of 16 bytes and have strides that are multiples of 16 bytes, got strides ",
                     strides[0], ", ", strides[1], ", ", strides[2], " (driver error ", int(result), ")");

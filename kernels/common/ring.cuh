@@ -17,6 +17,15 @@ struct Ring {
             parity ^= 1;
         }
     }
+
+    __device__ __forceinline__ Ring next() const {
+        Ring ring = *this;
+        ring.advance();
+        return ring;
+    }
+    __device__ __forceinline__ Ring before() const {
+        return place == 0 ? Ring{kPlaces - 1, parity ^ 1} : Ring{place - 1, parity};
+    }
 };
 
 }  // namespace sparse_attn

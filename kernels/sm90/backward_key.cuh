@@ -207,7 +207,7 @@ struct KeyBackward {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const float2 delta = statistics[4 * i + lane % 4].delta;
-if constexpr (kDropout) {
+                if constexpr (kDropout) {
                     const int source = 4 * i + lane % 4;
                     const uint32_t rows[2] = {__shfl_sync(0xffffffff, dropout_rows.x, source),
                                               __shfl_sync(0xffffffff, dropout_rows.y, source)};

@@ -59,7 +59,6 @@ struct QueryBackward {
         Sums sums;
         uint64_t query_full, full[kStages];
         unsigned warps_gone[kStages];
-        BlockCode key_block[kStages];
         // Kept here because every register of the main loop counts.
         BlockCode query_block;
         int64_t key_list;
@@ -96,8 +95,6 @@ struct QueryBackward {
                                                      BlockCode key_block, int step) {
         uint64_t* full = &storage.full[stage];
         const bool has_bias = kRelativePosition && step % kSteps == 0 && part_of(key_block) == kImage;
-        if (threadIdx.x % 32 == 0) storage.key_block[stage] = key_block;
-        __syncwarp();
         barrier_arrive_expect(full, 2 * kKeyBytes + (has_bias ? kBiasBytes : 0));
         int head = blockIdx.y;
         if (params.heads_per_key_head != 1) head /= params.heads_per_key_head;
@@ -260,6 +257,8 @@ struct QueryBackward {
         float grad[kHeadDim / 2];
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; i++) grad[i] = 0.0f;
+        BlockCode key_block = 0, next_block = total > 0 ? keys.next(params, storage.key_list, 0) : 0;
+        static_assert((kStages - 1) / kSteps == 1, "the step to load is of the next block");
         int tile_row = -1;  // of the keys before
         uint32_t seen_columns = 0;
 
@@ -279,20 +278,18 @@ struct QueryBackward {
             issue_scores(weights, query_tile, tile_along_rows(tiles.key));
             issue_scores(grads, grad_out_tile, tile_along_rows(tiles.value));
             if constexpr (kTakesTurns) give_turn(warpgroup ^ 1);
+            if (step % kSteps == 0) {
+                const int position = step / kSteps + 1;
+                key_block = next_block;
+                if (position < keys.count) next_block = keys.next(params, storage.key_list, position);
+            }
             // The last warp to leave a stage refills it, in the shade of these products.
             const int next_step = step + kStages - 1;
-            if (step > 0 && next_step < total) {
-                const BlockCode next_block = keys.next(params, storage.key_list, next_step / kSteps);
-                if (warp_uniform(gone_before) == kWarps - 1) {
-                    load_step(storage, params, stage == 0 ? kStages - 1 : stage - 1, next_block, next_step);
-                }
+            if (step > 0 && next_step < total && warp_uniform(gone_before) == kWarps - 1) {
+                load_step(storage, params, stage == 0 ? kStages - 1 : stage - 1, next_block, next_step);
             }
-            BlockCode key_block = 0;
             const RelativePositionTile<T>* bias = nullptr;
             if constexpr (kRelativePosition) bias = &storage.bias[step / kSteps % 2];
-            if constexpr (kRelativePosition || kMaskedKeys) {
-                key_block = warp_uniform(threadIdx.x % 32 == 0 ? storage.key_block[stage] : 0);
-            }
             const int first_slot = step % kSteps * kKeys;
             const KeyOffsets<T, kKeys, kRelativePosition, kMaskedKeys> offsets(params, key_block, first_slot, bias, offset);
             wgmma_wait<1>(weights);

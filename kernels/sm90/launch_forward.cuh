@@ -23,33 +23,32 @@ cudaError_t launch_kernel(void (*kernel)(ForwardParams), const dim3& blocks, con
     return cudaGetLastError();
 }
 
-inline dim3 one_per_multiprocessor(int64_t work, int device) {
-    return dim3(unsigned(std::min<int64_t>(work, multiprocessors(device))));
-}
+// One thread block per multiprocessor, unless there is less work.
+inline dim3 one_each(int64_t work, int device) { return dim3(unsigned(std::min<int64_t>(work, multiprocessors(device)))); }
 
 template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 cudaError_t launch_persistent(const ForwardParams& params, int device, cudaStream_t stream) {
     const int64_t work = int64_t(params.query_grid.num_blocks) * params.query_heads * params.batch;
     return launch_kernel<PersistentForward<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>>(
-        forward_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>, one_per_multiprocessor(work, device),
-        params, device, stream);
+        forward_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>, one_each(work, device), params, device,
+        stream);
 }
 
 template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
 cudaError_t launch_variant(const ForwardParams& params, int device, cudaStream_t stream) {
-    if constexpr (kHeadDim > 64) {
-        return launch_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys, false>(params, device, stream);
-    } else {
-        if constexpr (kHeadDim == 64 && !kRelativePosition) {
-            using Tall = TallForward<T, kHeadDim, kMaskedKeys>;
-            if (params.half_blocks) {
-                return launch_kernel<Tall>(forward_tall<T, kHeadDim, kMaskedKeys>,
-                                           one_per_multiprocessor(Tall::work_count(params), device), params, device, stream);
-            }
+    if constexpr (kHeadDim == 64 && !kRelativePosition) {
+        using Tall = TallForward<T, kHeadDim, kMaskedKeys>;
+        if (params.half_blocks) {
+            return launch_kernel<Tall>(forward_tall<T, kHeadDim, kMaskedKeys>, one_each(Tall::work_count(params), device),
+                                       params, device, stream);
         }
+    }
+    if constexpr (kHeadDim <= 64) {
         const dim3 blocks(params.query_grid.num_blocks, params.query_heads, params.batch);
         return launch_kernel<PairedForward<T, kHeadDim, kRelativePosition, kMaskedKeys>>(
             forward_paired<T, kHeadDim, kRelativePosition, kMaskedKeys>, blocks, params, device, stream);
+    } else {
+        return launch_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys, false>(params, device, stream);
     }
 }
 
@@ -61,10 +60,10 @@ cudaError_t launch_forward(const ForwardParams& params, bool relative_position, 
     }
     if (relative_position) {
         return params.masked_key_blocks > 0 ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
-                                : launch_variant<T, kHeadDim, true, false>(params, device, stream);
+                                            : launch_variant<T, kHeadDim, true, false>(params, device, stream);
     }
     return params.masked_key_blocks > 0 ? launch_variant<T, kHeadDim, false, true>(params, device, stream)
-                            : launch_variant<T, kHeadDim, false, false>(params, device, stream);
+                                        : launch_variant<T, kHeadDim, false, false>(params, device, stream);
 }
 
 }  // namespace sparse_attn

@@ -167,7 +167,8 @@ def _launch_backward(
         scale,
         inputs.dropout_p,
     )
-    return AttentionGradients(*grads, grad_rel_h, grad_rel_w)
+    grad_query, grad_key, grad_value = grads
+    return AttentionGradients(grad_query, grad_key, grad_value, grad_rel_h, grad_rel_w)
 
 
 def _fuses(inputs: AttentionInputs) -> bool:
