@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from peers import cudnn_block_sparse, fa4_dense, flash_attention_4, flex
 from records import Column, Row, environment, result_path, table, write
+from timing import Call, graph_milliseconds, host_microseconds, peak_mib, take_turns, those_that_run
 from torch import Tensor
 
 from sparse_attn_modules import BlockMask, LocalWindow, TokenGrid, block_sparse_attention
@@ -33,8 +32,6 @@ SHAPES = [(8, 12, 64, 64), (1, 12, 64, 64), (1, 12, 128, 64), (4, 16, 64, 80), (
 RELATIVE_SHAPES = [(4, 12, 64, 64), (2, 16, 64, 80), (100, 12, 14, 64), (50, 16, 14, 80)]
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 L2_BYTES = 100 << 20
-
-Call = Callable[[int], Tensor]
 
 
 @dataclass
@@ -183,28 +180,11 @@ def _sdpa_with_bias(sets: list[list[Tensor]], relative: list[list[Tensor]], i: i
 
 def measure(case: Case, rounds: int, calls: int) -> list[Row]:
     """A row per implementation, all timed in turns."""
-    runnable: dict[str, Call] = {}
-    for name, call in case.calls.items():
-        try:
-            call(0)
-            torch.cuda.synchronize()
-            runnable[name] = call
-        except (ImportError, RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:
-            print(f"{name} left out: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runnable}
-    for _ in range(rounds):
-        for name, call in runnable.items():
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            call(0)
-            start.record()
-            for i in range(calls):
-                call(i + 1)
-            stop.record()
-            events[name].append((start, stop))
-    torch.cuda.synchronize()
+    runnable = those_that_run(case.calls)
+    turns = take_turns(runnable, rounds, calls)
     rows = []
     for name, call in runnable.items():
-        times = [start.elapsed_time(stop) / calls for start, stop in events[name]]
+        times = turns[name]
         milliseconds = statistics.median(times)
         rows.append(
             {
@@ -227,47 +207,6 @@ def measure(case: Case, rounds: int, calls: int) -> list[Row]:
             }
         )
     return rows
-
-
-def host_microseconds(call: Call, count: int = 50) -> float:
-    """Time the host spends on a call, with the device left behind."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for i in range(count):
-        call(i)
-    spent = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return spent / count * 1e6
-
-
-def graph_milliseconds(call: Call, replays: int = 20) -> float:
-    """Time of a call replayed in a CUDA graph: the kernel without the host."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call(0)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for i in range(4):
-            call(i)
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graph.replay()
-    start.record()
-    for _ in range(replays):
-        graph.replay()
-    stop.record()
-    torch.cuda.synchronize()
-    return round(start.elapsed_time(stop) / replays / 4, 5)
-
-
-def peak_mib(call: Call) -> float:
-    """Device memory a call takes at most, its output included, on top of its inputs."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call(0)
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 COLUMNS = [

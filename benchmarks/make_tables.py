@@ -19,6 +19,7 @@ from pathlib import Path
 import attention
 import attention_summary
 import cpu_attention
+import training
 from records import RESULTS, Column, Row, caption, read, table
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,8 @@ TABLES = {
     "attention": Table("attention", attention.COLUMNS),
     "attention_summary": Table("attention", attention_summary.COLUMNS, attention_summary.summarize),
     "cpu_attention": Table("cpu_attention", cpu_attention.COLUMNS),
+    "training": Table("training", training.STEP_COLUMNS, training.steps),
+    "training_attention": Table("training", training.ATTENTION_COLUMNS, training.attention),
 }
 
 _START = re.compile(r"<!-- table: (?P<name>\S+) -->\n")

@@ -6,6 +6,7 @@ Each function prepares its index lists once and returns a call. What is missing 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,25 +34,39 @@ def fa4_dense(sets: list[list[Tensor]]) -> Call:
 
 
 def flash_attention_4(sets: list[list[Tensor]], active: Tensor) -> Call:
-    """FlashAttention-4's block-sparse kernel. Tensors ``[B, N, H, D]``; whole blocks go into the ``full`` lists."""
+    """FlashAttention-4's block-sparse kernel, differentiable. Tensors ``[B, N, H, D]``."""
+    of_queries, of_keys = _fa4_lists(active), _fa4_lists(active.mT)
+
+    def call(i: int) -> Tensor:
+        from flash_attn.cute.interface import flash_attn_func
+
+        out = flash_attn_func(
+            *sets[i % len(sets)],
+            block_sparse_tensors=of_queries(),
+            block_sparse_tensors_bwd=of_keys(),
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    return call
+
+
+def _fa4_lists(active: Tensor) -> Callable[[], Any]:
+    """Every block is whole: the lists of blocks with a mask of their own stay empty."""
     counts, indices = _index_lists(active)
     none, nothing = torch.zeros_like(counts), torch.zeros_like(indices)
 
-    def call(i: int) -> Tensor:
+    def lists() -> Any:
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-        from flash_attn.cute.interface import flash_attn_func
 
-        lists = BlockSparseTensorsTorch(
+        return BlockSparseTensorsTorch(
             mask_block_cnt=none,
             mask_block_idx=nothing,
             full_block_cnt=counts,
             full_block_idx=indices,
             block_size=(_BLOCK, _BLOCK),
         )
-        out = flash_attn_func(*sets[i % len(sets)], block_sparse_tensors=lists)
-        return out[0] if isinstance(out, tuple) else out
 
-    return call
+    return lists
 
 
 def cudnn_block_sparse(sets: list[list[Tensor]], active: Tensor) -> Call:
@@ -66,6 +81,28 @@ def cudnn_block_sparse(sets: list[list[Tensor]], active: Tensor) -> Call:
         return block_sparse_attention_forward(*sets[i % len(sets)], listed, per_row, sparse_block_size=_BLOCK)[
             "o_tensor"
         ]
+
+    return call
+
+
+def cudnn_block_sparse_backward(sets: list[list[Tensor]], grads: list[Tensor], active: Tensor) -> Call:
+    """The backward pass of the same, which takes its forward pass's results; head_dim 128. Tensors ``[B, H, N, D]``."""
+    counts, indices = _index_lists(active)
+    per_row = int(counts.max())
+    listed = indices[..., :per_row].contiguous()
+    results: dict[int, Any] = {}
+
+    def call(i: int) -> Any:
+        from cudnn.block_sparse_attention import block_sparse_attention_backward, block_sparse_attention_forward
+
+        which = i % len(sets)
+        tensors, lists = sets[which], (listed, per_row)
+        if which not in results:
+            results[which] = block_sparse_attention_forward(*tensors, *lists, sparse_block_size=_BLOCK)
+        out = results[which]
+        return block_sparse_attention_backward(
+            grads[which], *tensors, out["o_tensor"], out["lse_tensor"], *lists, sparse_block_size=_BLOCK
+        )
 
     return call
 

@@ -26,10 +26,15 @@ struct TensorMaps {
     CUtensorMap prefix, image, suffix;
 };
 
+struct DropoutParams {
+    const int64_t* seed;  // on the device; null: nothing is dropped
+    uint32_t threshold;   // weights whose 24 random bits are below it are dropped
+    float inverse_keep;   // what the others are multiplied by
+};
+
 struct ForwardParams {
-    TensorMaps query;         // box: 64 of head_dim x one block
-    TensorMaps key;           // likewise
-    TensorMaps value;         // likewise
+    TensorMaps query;         // box: 64 of head_dim x one block, or half of one if half_blocks
+    TensorMaps key, value;    // box: 64 of head_dim x one block
     TensorMaps out;           // box: 64 of head_dim x half a block, what one warpgroup writes
     TensorMaps rel_h, rel_w;  // [B, Hq, Nq, Kh], [B, Hq, Nq, Kw]; box: one tile height (width) x one block of queries
 
@@ -48,7 +53,46 @@ struct ForwardParams {
     float scale;       // of the logits
     float scale_log2;  // scale * log2(e): the exponentials are powers of two
     float inverse_scale;
+    bool half_blocks;       // the kernel that will run takes queries by half blocks
+    int masked_key_blocks;  // with absent keys: ragged tiles, extra tokens, padding
+    DropoutParams dropout;
+};
+
+struct BackwardParams {
+    TensorMaps query, key, value, grad_out, out;  // loads; box: 64 of head_dim x half a block
+    TensorMaps grad_query, grad_key, grad_value;  // stores, likewise
+    TensorMaps rel_h, rel_w;                      // loads; box: one tile height (width) of keys x half a block of queries
+
+    GridParams query_grid, key_grid;
+    int batch, query_heads, heads_per_key_head;
+
+    const int32_t* key_counts;  // as in ForwardParams
+    const int32_t* key_indices;
+    const int32_t* row_order;
+    int list_batch_stride;
+    int list_head_stride;
+
+    const int32_t* query_counts;   // [B | 1, Hq | 1, K]; null: every query block is active, and the one below is null
+    const int32_t* query_indices;  // [B | 1, Hq | 1, K, Q], active query blocks first
+    int query_list_batch_stride;   // in rows of K entries: 0 where the lists are shared
+    int query_list_head_stride;
+
+    const uint8_t* key_padding;  // bool [B, Nk], true: the key does not exist; null: all exist
+    const float* lse;            // [B, Hq, Nq], natural logarithm; -inf: the query has no key
+    const float* grad_lse;       // likewise, its gradient; null: not used
+    float* statistics;           // [B, Hq, Q, 64, 4]: see common/statistics.cuh
+    float* grad_query_sums;      // [B, Hq, Q, 2, D / 8, 128, 4]: see common/query_sums.cuh
+    int* blocks_taken;           // of keys, beyond the first of each thread block: zero before the fused kernel
+
+    void* grad_rel_h;   // [B, Hq, Nq, Kh], contiguous, dtype of the inputs; null: no relative position
+    void* grad_rel_w;   // [B, Hq, Nq, Kw], likewise
+    float* rel_w_sums;  // [B, Hq, Q, columns of key tiles, 2048]: see common/relative_position_sums.cuh
+
+    float scale;       // of the logits
+    float scale_log2;  // scale * log2(e): the exponentials are powers of two
+    float inverse_scale;
     bool mask_keys;    // some key block has absent keys: ragged tiles, extra tokens, padding
+    DropoutParams dropout;
 };
 
 }  // namespace sparse_attn

@@ -55,10 +55,15 @@ inline CUtensorMap encode_part(const char* name, const torch::stable::Tensor& te
     const cuuint32_t extent_of_box[5] = {cuuint32_t(box.columns), 1, cuuint32_t(box.tile_width),
                                          cuuint32_t(box.tile_height), 1};
     const cuuint32_t every[5] = {1, 1, 1, 1, 1};
-    const CUresult result = tensor_map_encoder()(
-        &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, address, extents, byte_strides, extent_of_box, every,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const auto encode = [&] {
+        return tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, address, extents, byte_strides, extent_of_box,
+                                    every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                    swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    };
+    CUresult result = encode();
+    // A thread that has not used the device yet, as autograd's may be, has no current context.
+    if (result == CUDA_ERROR_INVALID_CONTEXT && cudaSetDevice(tensor.get_device_index()) == cudaSuccess) result = encode();
     STD_TORCH_CHECK(result == CUDA_SUCCESS, "block_sparse_attention: ", name,
                     " must start at a multiple of 16 bytes and have strides that are multiples of 16 bytes, got strides ",
                     strides[0], ", ", strides[1], ", ", strides[2], " (driver error ", int(result), ")");

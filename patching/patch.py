@@ -14,7 +14,8 @@ from ..patterns import Pattern
 from .adapters import LeftAlone, Replaceable, Site
 from .grids import GridSource, remove_sources
 from .selection import DenseOnFewTiles, Include, Selection
-from .walk import Original, Slot, attention_slots, inspect, original_of
+from .walk import Original, Slot, adopt, attention_slots, inspect, original_of
+from .window_blocks import fit_window_blocks
 
 Model = TypeVar("Model", bound=nn.Module)
 _Arguments = tuple[Pattern, "str | None", "torch.dtype | None"]
@@ -34,7 +35,9 @@ def patch_model(
     Known are timm's vision transformers (ViT, DeiT, DINOv2, SigLIP, EVA02, RoPE-ViT, DINOv3, samvit, …), the image
     encoder of segment_anything, and torchvision's ViT; layers are recognised by class. ``state_dict``, optimizers,
     hooks, train or eval mode, device, dtype and ``requires_grad`` stay as they are. Patching again starts from the
-    original layers, so the last call alone counts. Patch before ``torch.compile`` runs the model for the first time.
+    original layers, so the last call alone counts. Blocks of Segment Anything that attend within windows are replaced
+    too, by ones that read the windows from the image, without padding it. Patch before ``torch.compile`` runs the model
+    for the first time, and before ``fully_shard``, which keeps track of the modules that hold its parameters.
 
     The grid of patches is followed from image to image. Tokens that do not fit it (token dropping) get dense
     attention, and the log says so once. Where skipping blocks cannot pay, attention stays dense whatever the pattern;
@@ -92,6 +95,7 @@ def patch_model(
     _restore([slot for slot in slots if id(slot.original) not in replacements])
     for slot in slots:
         slot.parent._modules[slot.key] = replacements.get(id(slot.original), slot.original)
+    fit_window_blocks(model)
     _follow_grids(model, sources)
     return model
 
@@ -107,6 +111,7 @@ def unpatch_model(model: Model) -> Model:
     """
     slots = [slot for slot in attention_slots(model) if slot.current is not slot.original]
     _restore(slots)
+    fit_window_blocks(model)
     _follow_grids(model, set())
     return model
 
@@ -136,22 +141,13 @@ def _replacement(slot: Slot, verdict: Replaceable, arguments: _Arguments) -> nn.
     new = verdict.build(DenseOnFewTiles.around(pattern), backend, compute_dtype)
     geometry = verdict.geometry()
     if geometry is not None:
-        # A pattern that does not fit raises here rather than in the first forward pass.
-        new.pattern.mask(geometry[0], verdict.num_heads)
-    _adopt(new, slot.original)
+        # A pattern that does not fit raises here rather than in the first forward pass; and a model that is compiled
+        # before it ever runs finds its mask.
+        device = next((parameter.device for parameter in new.parameters()), torch.device("cpu"))
+        new.keep_masks([new.pattern.mask(geometry[0], verdict.num_heads, device=device)])
+    adopt(new, slot.original)
     vars(new)["_original"] = Original(slot.original)
     return new
-
-
-def _adopt(new: SparseAttention, original: nn.Module) -> None:
-    """Gives a replacement what other code may look for on the original: hooks and plain attributes."""
-    for name, value in vars(original).items():
-        if "_hooks" in name:
-            # The very dictionaries, so that handles of hooks can still remove them.
-            vars(new)[name] = value
-        elif not name.startswith("_") and not hasattr(new, name):
-            setattr(new, name, value)
-    new._is_full_backward_hook = original._is_full_backward_hook
 
 
 def _carry_back(current: nn.Module, original: nn.Module) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from ..modules import SparseAttention, why_skipping_cannot_pay
+from ..modules import SAMWindowBlock, SparseAttention, why_skipping_cannot_pay
 from ..patterns import Dense, Pattern
 from ..token_grid import TokenGrid
 from .adapters import LeftAlone, Replaceable
@@ -28,7 +28,7 @@ class PatchedLayer:
         pattern: the pattern it was given.
         density: fraction of block pairs computed.
         flops_before, flops_after: FLOPs of all token pairs, and of those that are computed.
-        note: why nothing is skipped, where that was asked for; else empty.
+        note: why nothing is skipped, where that was asked for; whether windows are read in place; else empty.
     """
 
     name: str
@@ -117,13 +117,14 @@ def _patched(slot: Slot, layer: SparseAttention) -> PatchedLayer:
         return PatchedLayer(slot.name, verdict.kind, None, 1, heads, pattern, None, None, None, "no image seen yet")
     grid, windows = geometry
     flops = 4 * heads * verdict.head_dim * grid.num_tokens**2 * windows
+    notes = ["windows read in place"] if isinstance(slot.parent, SAMWindowBlock) else []
     if isinstance(pattern, Dense):
-        return PatchedLayer(slot.name, verdict.kind, grid, windows, heads, pattern, 1.0, flops, flops, "")
+        return PatchedLayer(slot.name, verdict.kind, grid, windows, heads, pattern, 1.0, flops, flops, "".join(notes))
     mask = layer.pattern.mask(grid, heads)
     reason = why_skipping_cannot_pay(grid) if isinstance(layer.pattern, DenseOnFewTiles) else None
     if reason is None and mask.is_dense:
         reason = "the pattern covers every block of this grid"
-    note = f"nothing to gain: {reason}" if reason else ""
+    note = "; ".join([f"nothing to gain: {reason}", *notes] if reason else notes)
     after = round(flops * mask.token_density)
     return PatchedLayer(slot.name, verdict.kind, grid, windows, heads, pattern, mask.density, flops, after, note)
 

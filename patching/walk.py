@@ -50,6 +50,17 @@ def original_of(layer: nn.Module) -> Original | None:
     return vars(layer).get("_original")
 
 
+def adopt(new: nn.Module, original: nn.Module) -> None:
+    """Gives a replacement what other code may look for on the original: hooks and plain attributes."""
+    for name, value in vars(original).items():
+        if "_hooks" in name:
+            # The very dictionaries, so that handles of hooks can still remove them.
+            vars(new)[name] = value
+        elif not name.startswith("_") and not hasattr(new, name):
+            setattr(new, name, value)
+    new._is_full_backward_hook = original._is_full_backward_hook
+
+
 def attention_slots(model: nn.Module) -> list[Slot]:
     """Every place of the model that holds an attention layer, in the order of ``named_modules``.
 

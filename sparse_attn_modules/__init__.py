@@ -3,7 +3,7 @@
 from .block_mask import BlockMask
 from .functional import block_sparse_attention
 from .modules import SAMAttentionSparse, SparseMultiheadAttention, ViTSparseAttention
-from .patching import patch_model, patch_report, unpatch_model
+from .patching import DensitySchedule, patch_model, patch_report, unpatch_model
 from .patterns import (
     Butterfly,
     CustomPattern,
@@ -30,6 +30,7 @@ __all__ = [
     "Butterfly",
     "CustomPattern",
     "Dense",
+    "DensitySchedule",
     "DilatedLocal",
     "GlobalLocal",
     "Hybrid",

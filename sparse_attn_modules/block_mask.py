@@ -49,6 +49,9 @@ class BlockMask:
         self.query_grid = query_grid
         self.key_grid = key_grid
         self._lists: dict[str, Tensor] = {}
+        self._splits: dict[tuple[tuple[int, int], tuple[int, int]], BlockMask] = {}
+        # Calls that passed their checks with this mask, see functional.py: the backend and the mask it runs on.
+        self.plans: dict[Any, tuple[str, BlockMask]] = {}
         # Looking at values would wait for an accelerator and break a compiled graph; a mask then counts as dense only
         # if it is declared so.
         may_look = self.blocks.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -161,6 +164,33 @@ class BlockMask:
         rows = self.blocks[:, :, self.query_grid.block_of_token(self.device)]
         return rows[..., self.key_grid.block_of_token(self.device)]
 
+    def split(self, query_tile: tuple[int, int], key_tile: tuple[int, int]) -> BlockMask:
+        """The same mask in smaller blocks; itself if these are its tiles. Kept once made.
+
+        Raises:
+            ValueError: if a tile does not divide that of this mask's grid.
+        """
+        tiles = (query_tile, key_tile)
+        if tiles == (self.query_grid.tile, self.key_grid.tile):
+            return self
+        if tiles in self._splits and not torch.compiler.is_compiling():
+            return self._splits[tiles]
+        grids, parents = [], []
+        for grid, tile in ((self.query_grid, query_tile), (self.key_grid, key_tile)):
+            if grid.tile[0] % tile[0] or grid.tile[1] % tile[1]:
+                raise ValueError(f"BlockMask.split: tiles must divide {grid.tile}, got {tile}")
+            finer = TokenGrid(grid.height, grid.width, grid.prefix, grid.suffix, tile)
+            # A block is never empty, and its first slot always exists.
+            parents.append(grid.block_of_token(self.device)[finer.block_tokens(self.device)[:, 0]])
+            grids.append(finer)
+        with torch.inference_mode(False):
+            blocks = self.blocks[:, :, parents[0]][:, :, :, parents[1]]
+        finer_mask = BlockMask(blocks, *grids)
+        finer_mask._is_dense = self.is_dense
+        if not torch.compiler.is_compiling():
+            self._splits[tiles] = finer_mask
+        return finer_mask
+
     def to(self, device: torch.device | str) -> BlockMask:
         """This mask on another device; itself if it is already there."""
         moved_blocks = self.blocks.to(device)
@@ -189,10 +219,11 @@ class BlockMask:
         return f"BlockMask({batch} × {heads} × {queries} × {keys} blocks, grid {self.query_grid}{state})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lists": {}}
+        return {**self.__dict__, "_lists": {}, "_splits": {}, "plans": {}}
 
     def _list(self, name: str) -> Tensor:
-        if name not in self._lists:
+        found = self._lists.get(name)
+        if found is None:
             if name == "row_order":
                 counts = self.key_counts
                 with torch.inference_mode(False):
@@ -200,8 +231,9 @@ class BlockMask:
             elif name.startswith("key"):
                 self._lists["key_counts"], self._lists["key_indices"] = _index_lists(self.blocks)
             else:
-                self._lists["query_counts"], self._lists["query_indices"] = _index_lists(self.blocks.mT)
-        return self._lists[name]
+                self._lists["query_counts"], self._lists["query_indices"] = _index_lists(self.blocks.mT.contiguous())
+            found = self._lists[name]
+        return found
 
     def _check_same_geometry(self, other: BlockMask, what: str) -> None:
         if not isinstance(other, BlockMask):
@@ -214,6 +246,7 @@ class BlockMask:
 
 
 def _index_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = blocks.contiguous()  # or the lists would inherit its strides, and kernels read them as rows
     with torch.inference_mode(False):
         counts = blocks.sum(-1, dtype=torch.int32)
         indices = torch.argsort((~blocks).to(torch.uint8), dim=-1, stable=True).int()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .attention_checks import (
+    check_key_padding_mask,
+    check_mask,
+    check_no_tangents,
+    check_numbers,
+    check_relative_position,
+    check_tensors,
+)
 from .autocast import is_autocast_on
-from .backends import AttentionInputs, Request, select_backend
+from .backends import BACKENDS, AttentionInputs, Request, select_backend
 from .backends.gathered import dense_attention
 from .block_mask import BlockMask
 from .operator import attention_forward
 
-_OP = "block_sparse_attention"
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_PLANS = 64  # of one mask: more than a model has shapes, less than a leak
 
 
 @overload
@@ -75,7 +80,8 @@ def block_sparse_attention(
             decomposed bias of Segment Anything and MViTv2. ``rel_h[q, y] + rel_w[q, x]`` is added to the scaled logit
             of the patch in row ``y`` and column ``x``; extra tokens among the keys get none.
         key_padding_mask: bool ``[B, Nk]``, true for keys that must be ignored. They must be finite all the same.
-        dropout_p: probability of dropping an attention weight.
+        dropout_p: probability of dropping an attention weight. The seed is drawn from the generator of query's device
+            (``torch.manual_seed``); for one seed every backend drops the same weights.
         backend: ``"cuda"``, ``"flex"``, ``"gathered"``, ``"reference"``, or None for the best that can run.
         return_lse: also return the log-sum-exp of each query's logits.
 
@@ -89,35 +95,18 @@ def block_sparse_attention(
         RuntimeError: on forward-mode tangents, and on a backward pass through a backward pass.
     """
     query, key, value, relative_position = _autocast(query, key, value, relative_position)
-    _check_tensors(query, key, value)
-    _check_mask(query, key, mask)
-    rel_h, rel_w = _check_relative_position(relative_position, query, mask)
-    _check_key_padding_mask(key_padding_mask, key)
-    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
-        raise ValueError(f"{_OP}: dropout_p must be a number in [0, 1], got {dropout_p!r}")
+    check_numbers(scale, dropout_p)
+    backend, mask = _plan(query, key, value, mask, relative_position, key_padding_mask, dropout_p > 0, backend)
+    rel_h, rel_w = (None, None) if relative_position is None else relative_position
+    differentiable = (query, key, value) if rel_h is None or rel_w is None else (query, key, value, rel_h, rel_w)
+    check_no_tangents(differentiable)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
-        raise ValueError(f"{_OP}: scale must be a finite number, got {scale!r}")
-
-    differentiable = (query, key, value) if rel_h is None or rel_w is None else (query, key, value, rel_h, rel_w)
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    _check_no_tangents(differentiable)
-    request = Request(
-        query.device,
-        query.dtype,
-        query.shape[-1],
-        mask.query_grid,
-        mask.key_grid,
-        relative_position=rel_h is not None,
-        key_padding_mask=key_padding_mask is not None,
-        dropout=dropout_p > 0,
-        is_dense=mask.is_dense,
-    )
-    backend = select_backend(request, backend)
-    if backend == "gathered" and mask.is_dense and rel_h is None and key_padding_mask is None and not return_lse:
+    is_plain = mask.is_dense and rel_h is None and key_padding_mask is None and dropout_p == 0 and not return_lse
+    if backend == "gathered" and is_plain:
         # Nothing is gathered then, and autograd of the dense kernels needs no operator of ours around them.
-        return dense_attention(query, key, value, scale, dropout_p)
+        return dense_attention(query, key, value, scale)
     inputs = AttentionInputs(
         query,
         key,
@@ -131,7 +120,7 @@ def block_sparse_attention(
         rel_h,
         rel_w,
         key_padding_mask,
-        torch.randint(2**62, (1,), device="cpu") if dropout_p > 0 else None,
+        torch.randint(2**62, (1,), device=query.device) if dropout_p > 0 else None,
         mask.query_grid,
         mask.key_grid,
         float(scale),
@@ -165,92 +154,71 @@ def _autocast(
     return cast(query), cast(key), cast(value), relative_position
 
 
-def _check_no_tangents(tensors: tuple[Tensor, ...]) -> None:
-    """An operator without a forward-mode formula would drop tangents without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError(f"{_OP}: gradients must be taken in reverse mode, got a forward-mode tangent")
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    relative_position: tuple[Tensor, Tensor] | None,
+    key_padding_mask: Tensor | None,
+    dropout: bool,
+    backend: str | None,
+) -> tuple[str, BlockMask]:
+    """Checks the arguments; the backend to use and the mask in the blocks that it computes.
 
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{_OP}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(f"{_OP}: {name} must have 4 dimensions [B, H, N, D], got shape {list(tensor.shape)}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{_OP}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{_OP}: {name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{_OP}: {name} must be on the device of query, {query.device}, got {tensor.device}")
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{_OP}: {name} must have a contiguous last dimension, got strides {tensor.stride()}")
-    batch, query_heads, _, head_dim = query.shape
-    if head_dim == 0:
-        raise ValueError(f"{_OP}: query must have a head_dim of at least 1, got shape {list(query.shape)}")
-    for name, tensor in (("key", key), ("value", value)):
-        if (tensor.shape[0], tensor.shape[3]) != (batch, head_dim):
-            raise ValueError(
-                f"{_OP}: {name} must have query's batch and head_dim, [{batch}, …, …, {head_dim}], "
-                f"got shape {list(tensor.shape)}"
-            )
-        if tensor.shape[1:3] != key.shape[1:3]:
-            raise ValueError(f"{_OP}: value must have the shape of key, {list(key.shape)}, got {list(value.shape)}")
-    key_heads = key.shape[1]
-    if key_heads == 0 or query_heads % key_heads:
-        raise ValueError(f"{_OP}: query must have a multiple of key's {key_heads} heads, got {query_heads}")
-
-
-def _check_mask(query: Tensor, key: Tensor, mask: BlockMask) -> None:
-    if not isinstance(mask, BlockMask):
-        raise TypeError(f"{_OP}: mask must be a BlockMask, got {type(mask).__name__}")
-    for name, tensor, grid in (("query", query, mask.query_grid), ("key", key, mask.key_grid)):
-        if tensor.shape[2] != grid.num_tokens:
-            raise ValueError(
-                f"{_OP}: mask must be for {tensor.shape[2]} {name} tokens, got one for {grid.num_tokens} ({grid})"
-            )
-    for name, size, expected in (
-        ("batch", mask.blocks.shape[0], query.shape[0]),
-        ("head", mask.blocks.shape[1], query.shape[1]),
-    ):
-        if size not in (1, expected):
-            raise ValueError(f"{_OP}: mask must have a {name} size of 1 or {expected}, got {size}")
-    if mask.device != query.device:
-        raise ValueError(f"{_OP}: mask must be on the device of query, {query.device}, got {mask.device}")
-
-
-def _check_relative_position(
-    relative_position: tuple[Tensor, Tensor] | None, query: Tensor, mask: BlockMask
-) -> tuple[Tensor | None, Tensor | None]:
-    if relative_position is None:
-        return None, None
-    if not isinstance(relative_position, (tuple, list)) or len(relative_position) != 2:
-        raise TypeError(f"{_OP}: relative_position must be a pair (rel_h, rel_w) of tensors or None")
-    for name, rel, size in zip(("rel_h", "rel_w"), relative_position, (mask.key_grid.height, mask.key_grid.width)):
-        expected = [*query.shape[:3], size]
-        if not isinstance(rel, Tensor):
-            raise TypeError(f"{_OP}: {name} must be a tensor, got {type(rel).__name__}")
-        if list(rel.shape) != expected:
-            raise ValueError(f"{_OP}: {name} must have shape {expected}, got {list(rel.shape)}")
-        if rel.dtype != query.dtype or rel.device != query.device:
-            raise ValueError(
-                f"{_OP}: {name} must have the dtype and device of query, {query.dtype} on {query.device}, "
-                f"got {rel.dtype} on {rel.device}"
-            )
-    rel_h, rel_w = relative_position
-    return rel_h, rel_w
-
-
-def _check_key_padding_mask(key_padding_mask: Tensor | None, key: Tensor) -> None:
-    if key_padding_mask is None:
-        return
-    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-        raise TypeError(f"{_OP}: key_padding_mask must be a boolean tensor, true where a key is ignored")
-    expected = [key.shape[0], key.shape[2]]
-    if list(key_padding_mask.shape) != expected or key_padding_mask.device != key.device:
-        raise ValueError(
-            f"{_OP}: key_padding_mask must have shape {expected} on {key.device}, "
-            f"got {list(key_padding_mask.shape)} on {key_padding_mask.device}"
+    The checks take longer than a small kernel, so a mask remembers the calls that passed them, by everything that
+    they look at.
+    """
+    arguments = (query, key, value, mask, relative_position, key_padding_mask, dropout, backend)
+    if torch.compiler.is_compiling() or type(query) is not Tensor:
+        return _checked_plan(*arguments)
+    try:
+        signature = (
+            *(query.shape, query.dtype, query.device, query.stride(-1)),
+            *(key.shape, key.dtype, key.device, key.stride(-1)),
+            *(value.shape, value.dtype, value.device, value.stride(-1)),
+            None if relative_position is None else tuple([(x.shape, x.dtype, x.device) for x in relative_position]),
+            None
+            if key_padding_mask is None
+            else (key_padding_mask.shape, key_padding_mask.dtype, key_padding_mask.device),
+            dropout,
+            backend,
         )
+        plan = mask.plans.get(signature)
+    except (AttributeError, IndexError, TypeError):
+        return _checked_plan(*arguments)  # which tells what is wrong
+    if plan is None:
+        plan = _checked_plan(*arguments)
+        if len(mask.plans) >= _MAX_PLANS:
+            mask.plans.clear()
+        mask.plans[signature] = plan
+    return plan
+
+
+def _checked_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    relative_position: tuple[Tensor, Tensor] | None,
+    key_padding_mask: Tensor | None,
+    dropout: bool,
+    backend: str | None,
+) -> tuple[str, BlockMask]:
+    check_tensors(query, key, value)
+    check_mask(query, key, mask)
+    check_relative_position(relative_position, query, mask)
+    check_key_padding_mask(key_padding_mask, key)
+    request = Request(
+        query.device,
+        query.dtype,
+        query.shape[-1],
+        mask.query_grid,
+        mask.key_grid,
+        relative_position=relative_position is not None,
+        key_padding_mask=key_padding_mask is not None,
+        dropout=dropout,
+        is_dense=mask.is_dense,
+    )
+    name = select_backend(request, backend)
+    return name, BACKENDS[name].fit_mask(mask)

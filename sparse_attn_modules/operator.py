@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .autocast import without_autocast
+from .autocast import is_autocast_on, without_autocast
 from .backends import BACKENDS, AttentionInputs
 from .backends.interface import empty_tokens_before_heads, tokens_before_heads
 from .token_grid import TokenGrid
@@ -55,7 +55,10 @@ def _is_watched() -> bool:
 
 
 def _run(inputs: AttentionInputs, backend: str, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-    with without_autocast(inputs.query.device.type):
+    device_type = inputs.query.device.type
+    if not is_autocast_on(device_type):
+        return BACKENDS[backend].forward(inputs, with_lse)
+    with without_autocast(device_type):
         return BACKENDS[backend].forward(inputs, with_lse)
 
 

@@ -200,3 +200,44 @@ def test_the_summary_holds_ours_against_the_fastest_other():
     (row,) = attention_summary.summarize(rows)
     assert (row["fastest_other"], row["fwd_ms"], row["other_ms"]) == ("FlexAttention", 0.2, 0.25)
     assert row["speedup"] == pytest.approx(1.25)
+
+
+def test_the_record_of_training(tmp_path):
+    from training import ATTENTION_COLUMNS, STEP_COLUMNS, attention, steps
+
+    path = tmp_path / "training-cpu.json"
+    command = [sys.executable, BENCHMARKS / "training.py", "--small", "--device", "cpu", "--modes", "eager"]
+    command += ["--densities", "1", "0.5", "--rounds", "1", "--calls", "1", "--out", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    import records
+
+    _, rows = records.read(path)
+    whole, alone = steps(rows), attention(rows)
+    assert [(row["implementation"], round(row["density"], 1)) for row in whole] == [
+        ("timm", 1.0),
+        ("ours", 1.0),
+        ("ours", 0.5),
+    ]
+    assert [(row["implementation"], row["density"]) for row in alone] == [
+        ("sdpa_bias", 1.0),
+        ("ours", 1.0),
+        ("ours", 0.25),
+    ]
+    for row in whole:
+        assert row["speedup"] == pytest.approx(whole[0]["step_ms"] / row["step_ms"], abs=1e-3)
+    for row in alone:
+        assert row["speedup"] == row["speedup_over_eager"] > 0
+    assert records.table(whole, STEP_COLUMNS) in done.stdout
+    assert records.table(alone, ATTENTION_COLUMNS) in done.stdout
+
+
+def test_the_variants_of_training_compute_the_same():
+    import training
+
+    from sparse_attn_modules import BlockMask, TokenGrid
+
+    grid = TokenGrid(5, 9)
+    tensors = [torch.randn(2, 3, grid.num_tokens, width) for width in (8, 8, 8, grid.height, grid.width)]
+    expected = training._with_bias_written_out(*tensors)
+    torch.testing.assert_close(training._ours(BlockMask.dense(grid), *tensors), expected)

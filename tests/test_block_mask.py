@@ -155,3 +155,22 @@ def test_masks_made_in_inference_mode_serve_training():
     for mask in masks:
         block_sparse_attention(query, key, key, mask).sum().backward()
     assert query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("tile", "finer"), [((4, 6), (2, 3)), ((4, 6), (4, 2)), ((1, 12), (1, 4))])
+def test_split_means_the_same_in_smaller_blocks(tile, finer):
+    query_grid = TokenGrid(7, 11, prefix=30, suffix=3, tile=tile)
+    key_grid = TokenGrid(5, 16, prefix=1, tile=tile)
+    mask = random_mask(query_grid=query_grid, key_grid=key_grid)
+    split = mask.split(finer, finer)
+    assert split.query_grid == TokenGrid(7, 11, prefix=30, suffix=3, tile=finer)
+    assert torch.equal(split.token_mask(), mask.token_mask())
+    assert mask.split(finer, finer) is split
+    assert mask.split(tile, tile) is mask
+    assert not split.is_dense
+    assert BlockMask.dense(query_grid, key_grid).split(finer, tile).is_dense
+
+
+def test_split_refuses_tiles_that_do_not_divide():
+    with pytest.raises(ValueError, match=r"BlockMask.split: tiles must divide \(2, 4\), got \(2, 3\)"):
+        random_mask().split((2, 3), (3, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -70,8 +71,6 @@ def test_builds_once_and_is_found(cache: Path) -> None:
 
 
 def test_name_depends_on_sources(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     before = build.build_library()
     sources = tmp_path / "kernels"
     shutil.copytree(build.find_sources(), sources)
@@ -85,9 +84,22 @@ def test_name_depends_on_sources(cache: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_into_a_folder(cache: Path, tmp_path: Path) -> None:
     library = build.build_library("sm_90a", into=tmp_path / "wheel")
-    assert library == tmp_path / "wheel" / "libsparse_attn_modules_sm_90a.so"
+    assert library.parent == tmp_path / "wheel"
     assert library.exists()
     assert not cache.exists()
+
+
+def test_carried_library_is_used_for_its_own_sources_only(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_PACKAGE", tmp_path)
+    sources = tmp_path / "kernels"
+    shutil.copytree(Path(build.__file__).resolve().parents[1] / "kernels", sources)
+    carried = build.build_library(into=tmp_path / "lib")
+    assert build.library_path() == carried
+    with open(sources / "params.h", "a") as file:
+        file.write("// changed\n")
+    assert build.library_path() is None
 
 
 def test_unknown_architecture(cache: Path) -> None:

@@ -139,3 +139,38 @@ def test_bad_input_is_refused_before_anything_runs(arguments, error, message):
         call(**arguments)
     assert str(raised.value).startswith("block_sparse_attention: ")
     assert message in str(raised.value)
+
+
+def test_a_call_that_passed_once_excuses_no_other():
+    mask = Random(0.4).mask(GRID, 4)
+    rel = torch.randn(2, 4, N, GRID.height), torch.randn(2, 4, N, GRID.width)
+    padding = torch.zeros(2, N, dtype=torch.bool)
+    good = {"mask": mask, "relative_position": rel, "key_padding_mask": padding, "backend": "gathered"}
+    expected = call(*(tensors() for _ in range(3)), **good)
+    for wrong, message in (
+        ({"query": tensors(heads=3)}, "multiple of key's"),
+        ({"query": tensors().double()}, "dtype of query"),
+        ({"key": tensors(tokens=N + 1)}, "mask must be for|shape of key"),
+        ({"value": torch.randn(2, 4, 8, N).mT}, "contiguous last dimension"),
+        ({"value": tensors(batch=1)}, "value must have"),
+        ({"query": tensors(device="meta")}, "device"),
+        ({"mask": "dense"}, "must be a BlockMask"),
+        ({"relative_position": (rel[1], rel[0])}, "rel_h must have shape"),
+        ({"relative_position": rel[:1]}, "must be a pair"),
+        ({"relative_position": rel[0]}, "must be a pair"),
+        ({"key_padding_mask": padding.int()}, "boolean"),
+        ({"key_padding_mask": padding[:, 1:]}, "key_padding_mask must have shape"),
+        ({"backend": "nothing"}, "backend must be one of"),
+        ({"scale": float("nan")}, "scale"),
+        ({"dropout_p": 2.0}, "dropout_p"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(**{**good, **wrong})
+    assert call(*(tensors() for _ in range(3)), **good).shape == expected.shape
+
+
+def test_a_mask_remembers_a_bounded_number_of_calls():
+    mask = Random(0.4).mask(GRID, 4)
+    for batch in range(1, 140):
+        call(*(tensors(batch=batch, head_dim=2) for _ in range(3)), mask=mask, backend="reference")
+    assert 0 < len(mask.plans) <= 64

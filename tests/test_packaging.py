@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -26,8 +27,7 @@ def sources_in_the_tree():
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory):
     source = tmp_path_factory.mktemp("source") / "tree"
     # A copy, so that building leaves nothing behind in the repository.
     tracked = subprocess.run(
@@ -37,14 +37,34 @@ def wheel_names(tmp_path_factory):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+def build_wheel(source, folder):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)],
         check=True,
         timeout=500,
     )
     (wheel,) = folder.glob("*.whl")
-    assert wheel.name.endswith("py3-none-any.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_names(source, tmp_path_factory):
+    wheel = build_wheel(source, tmp_path_factory.mktemp("wheel"))
+    assert wheel.name.endswith("-py3-none-any.whl")
     return zipfile.ZipFile(wheel).namelist()
+
+
+def test_wheel_with_the_library_is_for_one_platform_and_every_python(source, wheel_names, tmp_path):
+    library = source / "sparse_attn_modules" / "lib" / "libsparse_attn_modules_sm_90a_0123.so"
+    library.parent.mkdir()
+    library.write_bytes(b"\x7fELF")
+    wheel = build_wheel(source, tmp_path)
+    tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{tag}.whl")
+    assert set(zipfile.ZipFile(wheel).namelist()) - set(wheel_names) == {f"sparse_attn_modules/lib/{library.name}"}
 
 
 def test_wheel_holds_every_source(wheel_names):

@@ -12,6 +12,7 @@ def test_public_names_are_pinned():
         "Butterfly",
         "CustomPattern",
         "Dense",
+        "DensitySchedule",
         "DilatedLocal",
         "GlobalLocal",
         "Hybrid",

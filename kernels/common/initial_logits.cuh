@@ -49,14 +49,16 @@ __device__ __forceinline__ void relative_position_bias(float (&logits)[64], cons
     }
 }
 
-// Bit c: whether the key of column c exists, for the columns of this thread; 32 columns per word.
-__device__ __forceinline__ void existing_keys(uint32_t (&exists)[4], const ForwardParams& params, const BlockPlace& place,
-                                              int batch) {
+// Bit c: whether the key of column c exists, for the columns of this thread; 32 columns per word. Column 0 is the key in
+// slot `first_slot` of its block.
+template <int kWords, typename Params>
+__device__ __forceinline__ void existing_keys(uint32_t (&exists)[kWords], const Params& params, const BlockPlace& place,
+                                              int batch, int first_slot = 0) {
     const GridParams& grid = params.key_grid;
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int slot = 32 * i + lane;
+    for (int i = 0; i < kWords; i++) {
+        const int slot = first_slot + 32 * i + lane;
         bool present = place.exists(slot);
         if (present && params.key_padding != nullptr) {
             const int64_t tokens = grid.prefix + grid.height * grid.width + grid.suffix;

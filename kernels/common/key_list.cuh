@@ -1,5 +1,5 @@
-// The key blocks a block of queries attends to, in order. A warp holds 32 entries, one per lane, and hands them out by
-// shuffles, so that walking the list touches memory once in 32 blocks.
+// The key blocks a block of queries attends to, in order, for both passes. A warp holds 32 entries, one per lane, and
+// hands them out by shuffles, so that walking the list touches memory once in 32 blocks.
 #pragma once
 
 #include "../params.h"
@@ -14,12 +14,14 @@ struct QueryRow {
 };
 
 // Row of the index lists of a head's first query block.
-__device__ __forceinline__ int64_t first_list(const ForwardParams& params, int head, int batch) {
+template <typename Params>
+__device__ __forceinline__ int64_t first_list(const Params& params, int head, int batch) {
     return int64_t(batch) * params.list_batch_stride + int64_t(head) * params.list_head_stride;
 }
 
 // The query block that is launched as number `rank` of its head.
-__device__ __forceinline__ QueryRow query_row(const ForwardParams& params, int rank, int head, int batch) {
+template <typename Params>
+__device__ __forceinline__ QueryRow query_row(const Params& params, int rank, int head, int batch) {
     if (params.key_counts == nullptr) return {rank, 0};
     const int64_t first = first_list(params, head, batch);
     const int block = params.row_order == nullptr ? rank : __ldg(&params.row_order[first + rank]);
@@ -29,7 +31,8 @@ __device__ __forceinline__ QueryRow query_row(const ForwardParams& params, int r
 class KeyList {
   public:
     // Called by whole warps. `list` is the row of the index lists.
-    __device__ __forceinline__ void open(const ForwardParams& params, int64_t list) {
+    template <typename Params>
+    __device__ __forceinline__ void open(const Params& params, int64_t list) {
         const int loaded = params.key_counts == nullptr ? params.key_grid.num_blocks : __ldg(&params.key_counts[list]);
         read(params, list, 0);
         count = warp_uniform(loaded);
@@ -37,7 +40,8 @@ class KeyList {
 
     // Finds the query block that is launched as number `rank`, and opens its list. Rows of equal length are launched as they
     // are numbered; so the list of block `rank` is asked for before it is known whether it is this one.
-    __device__ __forceinline__ QueryRow open_row(const ForwardParams& params, int rank, int head, int batch) {
+    template <typename Params>
+    __device__ __forceinline__ QueryRow open_row(const Params& params, int rank, int head, int batch) {
         if (params.key_counts == nullptr) {
             open(params, 0);
             return {rank, 0};
@@ -57,7 +61,8 @@ class KeyList {
     }
 
     // Called by whole warps, with `position` below count and growing by one from call to call.
-    __device__ __forceinline__ BlockCode next(const ForwardParams& params, const int64_t& list, unsigned position) {
+    template <typename Params>
+    __device__ __forceinline__ BlockCode next(const Params& params, const int64_t& list, unsigned position) {
         if (position % 32 == 0 && position > 0) read(params, list, position);
         return warp_uniform(__shfl_sync(0xffffffff, window_, position % 32));
     }
@@ -66,12 +71,14 @@ class KeyList {
 
   private:
     // Entries past `count` exist and are not used; reading them spares waiting for the count.
-    __device__ __forceinline__ void read(const ForwardParams& params, int64_t list, int first) {
+    template <typename Params>
+    __device__ __forceinline__ void read(const Params& params, int64_t list, int first) {
         const int block = params.key_indices == nullptr ? first + threadIdx.x % 32 : entry_of_lane(params, list, first);
         window_ = code_of_block(params.key_grid, block);
     }
 
-    static __device__ __forceinline__ int entry_of_lane(const ForwardParams& params, int64_t list, int first) {
+    template <typename Params>
+    static __device__ __forceinline__ int entry_of_lane(const Params& params, int64_t list, int first) {
         const int length = params.key_grid.num_blocks, position = first + threadIdx.x % 32;
         return position < length ? __ldg(&params.key_indices[list * length + position]) : 0;
     }

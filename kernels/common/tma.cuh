@@ -30,6 +30,18 @@ __device__ __forceinline__ void tma_load(void* destination, const CUtensorMap* m
         : "memory");
 }
 
+// Copies contiguous bytes, a multiple of 16. Called by a whole warp, likewise.
+__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .pred elected;\n"
+        "elect.sync _|elected, 0xffffffff;\n"
+        "@elected cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n"
+        "}\n" ::"r"(shared_address(destination)),
+        "l"(source), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* source, const TileCoordinates& at) {
     asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4, %5}], [%6];" ::"l"(map),
                  "r"(at.column), "r"(at.head), "r"(at.x), "r"(at.y), "r"(at.batch), "r"(shared_address(source))

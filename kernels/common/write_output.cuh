@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../params.h"
+#include "half_block.cuh"
 #include "mbarrier.cuh"
 #include "softmax.cuh"
 #include "tma.cuh"
@@ -32,17 +33,11 @@ __device__ __forceinline__ void stage_rows(uint32_t rows, const float (&out)[kCo
     }
 }
 
-// Starts the copy of a warpgroup's half of the block; one thread calls it.
+// Starts the copy of half a block; one thread calls it.
 template <int kHeadDim>
 __device__ __forceinline__ void store_rows(const ForwardParams& params, BlockCode query_block, int head, int batch,
-                                           int warpgroup, const unsigned char* rows) {
-    const GridParams& grid = params.query_grid;
-    TileCoordinates at{0, head, x_of(grid, query_block), y_of(grid, query_block), batch};
-    if (part_of(query_block) == kImage && grid.tile_height > 1) {
-        at.y += warpgroup * grid.tile_height / 2;
-    } else {
-        at.x += warpgroup * (kBlockTokens / 2);
-    }
+                                           int half, const unsigned char* rows) {
+    TileCoordinates at = half_block_at(params.query_grid, query_block, half, head, batch);
     with_map(params.out, query_block, [&](const CUtensorMap* map) {
 #pragma unroll
         for (at.column = 0; at.column < kHeadDim; at.column += 64) {
@@ -52,16 +47,17 @@ __device__ __forceinline__ void store_rows(const ForwardParams& params, BlockCod
     tma_store_commit();
 }
 
+// Of the block's slots `slot` and 8 below.
 __device__ __forceinline__ void write_log_sum(const ForwardParams& params, const BlockPlace& place, int head, int batch,
-                                              const float (&log_sum)[2]) {
+                                              int slot, const float (&log_sum)[2]) {
     if (threadIdx.x % 4 != 0) return;
     const GridParams& grid = params.query_grid;
     const int64_t tokens = grid.prefix + grid.height * grid.width + grid.suffix;
     float* lse = params.lse + (int64_t(batch) * params.query_heads + head) * tokens;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int slot = query_row_of_thread() + 8 * half;
-        if (place.exists(slot)) lse[place.token(slot)] = log_sum[half];
+        const int of_row = slot + 8 * half;
+        if (place.exists(of_row)) lse[place.token(of_row)] = log_sum[half];
     }
 }
 

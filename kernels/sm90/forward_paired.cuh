@@ -301,7 +301,7 @@ struct PairedForward {
         float inverse[2], log_sum[2];
         softmax.finish(inverse, log_sum);
         if (params.lse != nullptr) {
-            write_log_sum(params, BlockPlace(params.query_grid, storage.query_block), head, batch, log_sum);
+            write_log_sum(params, BlockPlace(params.query_grid, storage.query_block), head, batch, query_row_of_thread(), log_sum);
         }
         unsigned char* rows = storage.query + warpgroup * 64 * 128;
         warpgroup_sync(warpgroup);

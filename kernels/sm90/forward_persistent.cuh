@@ -1,4 +1,5 @@
-// Forward pass for head_dim above 64: one thread block per multiprocessor stays for many blocks of queries.
+// Forward pass for head_dim above 64, and with dropout: one thread block per multiprocessor stays for many blocks of
+// queries.
 //
 // A producer warp streams queries, keys and values through shared memory, across the borders between blocks of queries,
 // so that the next block's first tiles are there when the last one ends. Two warpgroups of 64 rows compute; each issues
@@ -6,6 +7,7 @@
 // still runs.
 #pragma once
 
+#include "../common/dropout.cuh"
 #include "../common/initial_logits.cuh"
 #include "../common/key_list.cuh"
 #include "../common/softmax.cuh"
@@ -14,7 +16,7 @@
 
 namespace sparse_attn {
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 struct PersistentForward {
     static_assert(kHeadDim <= 128, "two 64-wide chunks per tile; wider heads do not fit in shared memory");
     static constexpr int kConsumerWarps = 8;
@@ -184,13 +186,22 @@ struct PersistentForward {
     }
 
     static __device__ __forceinline__ void begin_logits(Storage& storage, const ForwardParams& params,
-                                                        float (&logits)[64], int stage, int batch) {
+                                                        float (&logits)[64], int stage, int batch, BlockCode& key_block) {
         if constexpr (kRelativePosition || kMaskedKeys) {
             const RelativePositionTile<T>* bias = nullptr;
             if constexpr (kRelativePosition) bias = &storage.bias[stage];
-            const BlockCode key_block = from_lane_0(storage.key_block[stage]);
+            key_block = from_lane_0(storage.key_block[stage]);
             initial_logits<T, kRelativePosition, kMaskedKeys>(logits, params, key_block, batch, bias);
         }
+    }
+
+    // Random words of the rows of weights of this thread's two queries.
+    static __device__ __forceinline__ void find_dropout_rows(uint32_t (&rows)[2], const ForwardParams& params,
+                                                             BlockCode query_block, const Work& work) {
+        const BlockPlace place(params.query_grid, query_block);
+        const int any_head = work.batch * params.query_heads + work.head, slot = query_row_of_thread();
+        rows[0] = dropout_row(params.dropout, any_head, place.token(slot));
+        rows[1] = dropout_row(params.dropout, any_head, place.token(slot + 8));
     }
 
     static __device__ __forceinline__ void consume(const ForwardParams& params, Storage& storage) {
@@ -224,9 +235,20 @@ struct PersistentForward {
             if (count > 0) {
                 float logits[64];
                 uint32_t weights[8][4];
+                BlockCode key_block = 0;
+                uint32_t dropout_rows[2];
+                if constexpr (kDropout) {
+                    find_dropout_rows(dropout_rows, params, from_lane_0(storage.query_block[slot]), work);
+                }
+                // After the sums were taken of all weights.
+                const auto drop = [&] {
+                    if constexpr (kDropout) {
+                        drop_keys(logits, params.dropout, dropout_rows, BlockPlace(params.key_grid, key_block), 0);
+                    }
+                };
                 const int stage = stages.slot();
                 barrier_wait(&storage.key_full[stage], stages.parity());
-                begin_logits(storage, params, logits, stage, work.batch);
+                begin_logits(storage, params, logits, stage, work.batch, key_block);
                 await_turn(warpgroup);
                 issue_query_key(logits, query_tile, tile_along_rows(storage.key[stage]));
                 if (!kKeepsTurn) give_turn(warpgroup ^ 1);
@@ -236,10 +258,10 @@ struct PersistentForward {
                 release_stored();
                 softmax.raise_maximum(logits, params.scale_log2, rescale);
 #pragma unroll
-                for (int step = 0; step < 8; step++) {
-                    softmax.template exponentiate<kSums>(logits, params.scale_log2, step);
-                    pack_weights<T>(logits, step, weights[step]);
-                }
+                for (int step = 0; step < 8; step++) softmax.template exponentiate<kSums>(logits, params.scale_log2, step);
+                drop();
+#pragma unroll
+                for (int step = 0; step < 8; step++) pack_weights<T>(logits, step, weights[step]);
 
                 for (int i = 1; i < count; i++) {
                     const int value_stage = stages.slot();
@@ -247,7 +269,7 @@ struct PersistentForward {
                     stages.uses++;
                     const int key_stage = stages.slot();
                     barrier_wait(&storage.key_full[key_stage], stages.parity());
-                    begin_logits(storage, params, logits, key_stage, work.batch);
+                    begin_logits(storage, params, logits, key_stage, work.batch, key_block);
                     await_turn(warpgroup);
                     issue_query_key(logits, query_tile, tile_along_rows(storage.key[key_stage]));
                     barrier_wait(&storage.value_full[value_stage], value_parity);
@@ -259,6 +281,7 @@ struct PersistentForward {
                     softmax.raise_maximum(logits, params.scale_log2, rescale);
 #pragma unroll
                     for (int step = 0; step < 8; step++) softmax.template exponentiate<kSums>(logits, params.scale_log2, step);
+                    drop();
                     wgmma_wait<0>(out);
                     leave(&storage.value_free[value_stage], lane);
                     rescale_rows(out, rescale);
@@ -279,7 +302,7 @@ struct PersistentForward {
             softmax.finish(inverse, log_sum);
             const BlockCode query_block = from_lane_0(storage.query_block[slot]);
             if (params.lse != nullptr) {
-                write_log_sum(params, BlockPlace(params.query_grid, query_block), work.head, work.batch, log_sum);
+                write_log_sum(params, BlockPlace(params.query_grid, query_block), work.head, work.batch, query_row_of_thread(), log_sum);
             }
             release_stored();
             warpgroup_sync(warpgroup);
@@ -319,9 +342,9 @@ struct PersistentForward {
     }
 };
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 __global__ void __launch_bounds__(384, 1) forward_persistent(const __grid_constant__ ForwardParams params) {
-    using Kernel = PersistentForward<T, kHeadDim, kRelativePosition, kMaskedKeys>;
+    using Kernel = PersistentForward<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>;
     extern __shared__ __align__(1024) unsigned char shared[];
     Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared));
 }

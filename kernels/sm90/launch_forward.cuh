@@ -2,64 +2,68 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 
 #include "forward_paired.cuh"
 #include "forward_persistent.cuh"
+#include "forward_tall.cuh"
 #include "launch.h"
+#include "launch_device.cuh"
 
 namespace sparse_attn {
 
-constexpr int kMaxDevices = 64;
-
 template <typename Kernel>
-cudaError_t allow_shared_memory(Kernel kernel, size_t bytes, int device, std::atomic<uint64_t>& allowed) {
-    const uint64_t bit = uint64_t(1) << device;
-    if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-    if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
-    return error;
+cudaError_t launch_kernel(void (*kernel)(ForwardParams), const dim3& blocks, const ForwardParams& params, int device,
+                          cudaStream_t stream) {
+    static std::atomic<uint64_t> allowed{0};
+    if (device >= kMaxDevices) return cudaErrorInvalidDevice;
+    const size_t bytes = sizeof(typename Kernel::Storage);
+    const cudaError_t error = allow_shared_memory(kernel, bytes, device, allowed);
+    if (error != cudaSuccess) return error;
+    kernel<<<blocks, Kernel::kThreads, bytes, stream>>>(params);
+    return cudaGetLastError();
 }
 
-inline int multiprocessors(int device) {
-    static std::atomic<int> counts[kMaxDevices];
-    int count = counts[device].load(std::memory_order_relaxed);
-    if (count == 0 && cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess) {
-        counts[device].store(count, std::memory_order_relaxed);
-    }
-    return count;
+inline dim3 one_per_multiprocessor(int64_t work, int device) {
+    return dim3(unsigned(std::min<int64_t>(work, multiprocessors(device))));
+}
+
+template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
+cudaError_t launch_persistent(const ForwardParams& params, int device, cudaStream_t stream) {
+    const int64_t work = int64_t(params.query_grid.num_blocks) * params.query_heads * params.batch;
+    return launch_kernel<PersistentForward<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>>(
+        forward_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>, one_per_multiprocessor(work, device),
+        params, device, stream);
 }
 
 template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
 cudaError_t launch_variant(const ForwardParams& params, int device, cudaStream_t stream) {
-    static std::atomic<uint64_t> allowed{0};
-    if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-    if constexpr (kHeadDim <= 64) {
-        using Kernel = PairedForward<T, kHeadDim, kRelativePosition, kMaskedKeys>;
-        const auto kernel = forward_paired<T, kHeadDim, kRelativePosition, kMaskedKeys>;
-        const cudaError_t error = allow_shared_memory(kernel, sizeof(typename Kernel::Storage), device, allowed);
-        if (error != cudaSuccess) return error;
-        const dim3 blocks(params.query_grid.num_blocks, params.query_heads, params.batch);
-        kernel<<<blocks, Kernel::kThreads, sizeof(typename Kernel::Storage), stream>>>(params);
+    if constexpr (kHeadDim > 64) {
+        return launch_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys, false>(params, device, stream);
     } else {
-        using Kernel = PersistentForward<T, kHeadDim, kRelativePosition, kMaskedKeys>;
-        const auto kernel = forward_persistent<T, kHeadDim, kRelativePosition, kMaskedKeys>;
-        const cudaError_t error = allow_shared_memory(kernel, sizeof(typename Kernel::Storage), device, allowed);
-        if (error != cudaSuccess) return error;
-        const int64_t work = int64_t(params.query_grid.num_blocks) * params.query_heads * params.batch;
-        const int blocks = int(std::min<int64_t>(work, multiprocessors(device)));
-        kernel<<<blocks, Kernel::kThreads, sizeof(typename Kernel::Storage), stream>>>(params);
+        if constexpr (kHeadDim == 64 && !kRelativePosition) {
+            using Tall = TallForward<T, kHeadDim, kMaskedKeys>;
+            if (params.half_blocks) {
+                return launch_kernel<Tall>(forward_tall<T, kHeadDim, kMaskedKeys>,
+                                           one_per_multiprocessor(Tall::work_count(params), device), params, device, stream);
+            }
+        }
+        const dim3 blocks(params.query_grid.num_blocks, params.query_heads, params.batch);
+        return launch_kernel<PairedForward<T, kHeadDim, kRelativePosition, kMaskedKeys>>(
+            forward_paired<T, kHeadDim, kRelativePosition, kMaskedKeys>, blocks, params, device, stream);
     }
-    return cudaGetLastError();
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_forward(const ForwardParams& params, bool relative_position, int device, cudaStream_t stream) {
+    if (params.dropout.seed != nullptr) {
+        return relative_position ? launch_persistent<T, kHeadDim, true, true, true>(params, device, stream)
+                                 : launch_persistent<T, kHeadDim, false, true, true>(params, device, stream);
+    }
     if (relative_position) {
-        return params.mask_keys ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
+        return params.masked_key_blocks > 0 ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
                                 : launch_variant<T, kHeadDim, true, false>(params, device, stream);
     }
-    return params.mask_keys ? launch_variant<T, kHeadDim, false, true>(params, device, stream)
+    return params.masked_key_blocks > 0 ? launch_variant<T, kHeadDim, false, true>(params, device, stream)
                             : launch_variant<T, kHeadDim, false, false>(params, device, stream);
 }
 

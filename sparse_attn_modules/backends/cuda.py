@@ -1,7 +1,7 @@
 """The compiled CUDA kernels: block-sparse attention on Hopper GPUs.
 
-The library is compiled on first use if need be; see :mod:`sparse_attn_modules.build`. Gradients are computed by the
-``gathered`` backend from the log-sum-exp saved here.
+The library is compiled on first use if need be; see :mod:`sparse_attn_modules.build`. The backward pass recomputes the
+weights from the log-sum-exp; nothing of size N² exists.
 """
 
 from __future__ import annotations
@@ -11,15 +11,23 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..block_mask import BlockMask
+from ..notices import log_once
 from ..token_grid import TokenGrid
 from . import gathered
-from .interface import AttentionGradients, AttentionInputs, Request
+from .interface import AttentionGradients, AttentionInputs, Request, empty_tokens_before_heads
 
 name = "cuda"
 
 _BLOCK_TOKENS = 128
 _MAX_HEAD_DIM = 128
-_RELATIVE_POSITION_TILE = (8, 16)
+# Tiles of a block, the preferred first: the kernels read relative positions of 8×16 keys only.
+_TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1))
+_RELATIVE_POSITION_TILE = _TILES[0]
+_NATIVE_HEAD_DIMS = (32, 64, 80, 96, 128)
+# Density from which on the fused backward kernel is faster than the pair, as measured on an H200.
+_FUSED_DENSITY = {32: 0.3, 64: 0.3, 80: 0.3, 96: 0.3, 128: 0.3}
+_MAX_KNOWN_DENSITIES = 256
 _MAX_TILES = (8192, 65536)  # rows and columns that a block's packed coordinates hold
 _ALIGNMENT = 8  # elements of 2 bytes: the tensor copy engine addresses multiples of 16 bytes
 
@@ -27,7 +35,16 @@ _library = torch.library.Library("sparse_attn_modules", "FRAGMENT")
 _library.define(
     "forward_sm90(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor(b!)? lse, Tensor? key_counts, "
     "Tensor? key_indices, Tensor? row_order, Tensor? rel_h, Tensor? rel_w, Tensor? key_padding_mask, "
-    "int[] query_grid, int[] key_grid, float scale) -> ()"
+    "Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, float dropout_p) -> ()"
+)
+_library.define(
+    "backward_sm90(Tensor query, Tensor key, Tensor value, Tensor grad_out, Tensor out, Tensor lse, Tensor? grad_lse, "
+    "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) statistics, "
+    "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, Tensor(g!)? rel_w_sums, Tensor(h!)? grad_query_sums, "
+    "Tensor(i!)? blocks_taken, Tensor? key_counts, Tensor? key_indices, "
+    "Tensor? row_order, Tensor? query_counts, Tensor? query_indices, Tensor? rel_h, Tensor? rel_w, "
+    "Tensor? key_padding_mask, Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, "
+    "float dropout_p) -> ()"
 )
 
 
@@ -38,16 +55,12 @@ def why_not(request: Request) -> str | None:
         return f"it computes in float16 and bfloat16, got {request.dtype}"
     if request.head_dim % 8 or request.head_dim > _MAX_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {_MAX_HEAD_DIM}, got {request.head_dim}"
-    if request.dropout:
-        return "it has no dropout"
     for grid in (request.query_grid, request.key_grid):
         if (reason := _why_not_grid(grid)) is not None:
             return reason
-    if request.relative_position and request.key_grid.tile != _RELATIVE_POSITION_TILE:
-        return (
-            f"a relative position needs key tiles of {_RELATIVE_POSITION_TILE[0]}×{_RELATIVE_POSITION_TILE[1]}, "
-            f"got {request.key_grid.tile[0]}×{request.key_grid.tile[1]}"
-        )
+    if request.relative_position and _tile_within(request.key_grid) != _RELATIVE_POSITION_TILE:
+        needed, got = (f"{height}×{width}" for height, width in (_RELATIVE_POSITION_TILE, request.key_grid.tile))
+        return f"a relative position needs key tiles that consist of tiles of {needed}, got {got}"
     index = request.device.index
     return _why_not_device(torch.cuda.current_device() if index is None else index)
 
@@ -64,6 +77,13 @@ def why_not_here() -> str | None:
     return _why_not_device(torch.cuda.current_device())
 
 
+def fit_mask(mask: BlockMask) -> BlockMask:
+    query_tile, key_tile = _tile_within(mask.query_grid), _tile_within(mask.key_grid)
+    if query_tile is None or key_tile is None:
+        raise AssertionError("a mask of tiles that why_not refuses")
+    return mask.split(query_tile, key_tile)
+
+
 def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     out = inputs.new_output()
     lse = inputs.query.new_empty(inputs.query.shape[:3], dtype=torch.float32) if with_lse else None
@@ -76,7 +96,132 @@ def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | N
 def backward(
     inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> AttentionGradients:
-    return gathered.backward(inputs, grad_out, grad_lse, out, lse)
+    if not inputs.is_dense and inputs.query_counts is None:
+        log_once("the cuda backend's gradients are computed by 'gathered': the mask's query lists were not given")
+        return gathered.backward(inputs, grad_out, grad_lse, out, lse)
+    query, scale = inputs.query, inputs.scale
+    if scale <= 0:
+        # As in the forward pass; what this makes of the gradient of the queries is undone below.
+        query, scale = (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
+    grads = _launch_backward(inputs, query, scale, grad_out, grad_lse, out, lse)
+    if inputs.scale < 0:
+        grads.query.neg_()
+    elif inputs.scale == 0:
+        grads.query.zero_()
+    return grads
+
+
+def _launch_backward(
+    inputs: AttentionInputs,
+    query: Tensor,
+    scale: float,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> AttentionGradients:
+    grads = [empty_tokens_before_heads(tensor) for tensor in (inputs.query, inputs.key, inputs.value)]
+    if 0 in inputs.query.shape[:3] or inputs.key.shape[2] == 0:
+        for grad in grads:
+            grad.zero_()
+    places = (*query.shape[:2], inputs.query_grid.num_blocks)
+    statistics = query.new_empty(*places, _BLOCK_TOKENS // 2, 4, dtype=torch.float32)
+    rel_h, rel_w = inputs.rel_h, inputs.rel_w
+    grad_rel_h = grad_rel_w = rel_w_sums = None
+    if rel_h is not None and rel_w is not None:
+        grad_rel_h, grad_rel_w = (rel.new_empty(rel.shape) for rel in (rel_h, rel_w))
+        sums = (inputs.key_grid.tile_columns, _BLOCK_TOKENS * _RELATIVE_POSITION_TILE[1])
+        rel_w_sums = query.new_empty(*places, *sums, dtype=torch.float32)
+        rel_h, rel_w = _aligned(rel_h), _aligned(rel_w)
+    grad_query_sums = blocks_taken = None
+    if _fuses(inputs):
+        native = next(head_dim for head_dim in _NATIVE_HEAD_DIMS if query.shape[3] <= head_dim)
+        grad_query_sums = query.new_empty(*places, _BLOCK_TOKENS, native, dtype=torch.float32)
+        blocks_taken = query.new_empty(1, dtype=torch.int32)
+    lists: tuple[Tensor | None, ...] = (None,) * 5
+    if not inputs.is_dense:
+        lists = (inputs.key_counts, inputs.key_indices, inputs.row_order, inputs.query_counts, inputs.query_indices)
+    padding = inputs.key_padding_mask
+    torch.ops.sparse_attn_modules.backward_sm90.default(
+        _aligned(query),
+        _aligned(inputs.key),
+        _aligned(inputs.value),
+        _aligned(grad_out),
+        _aligned(out),
+        lse.contiguous(),
+        None if grad_lse is None else grad_lse.contiguous(),
+        *grads,
+        statistics,
+        grad_rel_h,
+        grad_rel_w,
+        rel_w_sums,
+        grad_query_sums,
+        blocks_taken,
+        *lists,
+        rel_h,
+        rel_w,
+        None if padding is None else padding.contiguous(),
+        inputs.dropout_seed,
+        inputs.query_grid.pack(),
+        inputs.key_grid.pack(),
+        scale,
+        inputs.dropout_p,
+    )
+    return AttentionGradients(*grads, grad_rel_h, grad_rel_w)
+
+
+def _fuses(inputs: AttentionInputs) -> bool:
+    """Whether one fused kernel computes all gradients, in an order of additions that differs from run to run.
+
+    The deterministic pair of kernels has less to do per block of keys, and is faster where few queries attend to it.
+    """
+    if inputs.rel_h is not None or inputs.dropout_p > 0 or torch.are_deterministic_algorithms_enabled():
+        return False
+    if 0 in inputs.query.shape[:3] or inputs.key.shape[2] == 0:
+        return False
+    if inputs.is_dense:
+        return True
+    density = _known_density(inputs.key_counts, inputs.key_grid.num_blocks)
+    head_dim = next(head_dim for head_dim in _NATIVE_HEAD_DIMS if inputs.query.shape[3] <= head_dim)
+    return density is not None and density >= _FUSED_DENSITY[head_dim]
+
+
+class _Density:
+    """Fraction of active block pairs, on its way from the device."""
+
+    def __init__(self, key_counts: Tensor, num_key_blocks: int) -> None:
+        self._value: float | None = None
+        self._arriving = torch.empty(1, dtype=torch.float32, pin_memory=True)
+        self._arriving.copy_(key_counts.mean(dtype=torch.float32).reshape(1) / num_key_blocks, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def value(self) -> float | None:
+        if self._value is None and self._arrived.query():
+            self._value = self._arriving.item()
+        return self._value
+
+
+_densities: dict[tuple[int, ...], _Density] = {}
+
+
+def _known_density(key_counts: Tensor, num_key_blocks: int) -> float | None:
+    """A mask's density, without waiting for it: None at its first backward pass. Of two masks that follow each other in
+    one place in memory it may be the other's, which costs speed alone."""
+    if torch.cuda.is_current_stream_capturing():
+        known = _densities.get(_place_of(key_counts))
+        return None if known is None else known._value
+    with torch.cuda.device(key_counts.device):
+        known = _densities.get(_place_of(key_counts))
+        if known is None:
+            if len(_densities) >= _MAX_KNOWN_DENSITIES:
+                _densities.clear()
+            known = _densities[_place_of(key_counts)] = _Density(key_counts, num_key_blocks)
+        return known.value()
+
+
+def _place_of(key_counts: Tensor) -> tuple[int, ...]:
+    return (key_counts.get_device(), key_counts.data_ptr(), key_counts._version, *key_counts.shape)
 
 
 def _with_positive_scale(inputs: AttentionInputs, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -105,17 +250,27 @@ def _launch(inputs: AttentionInputs, query: Tensor, scale: float, out: Tensor, l
         rel_h,
         rel_w,
         None if padding is None else padding.contiguous(),
-        _geometry(inputs.query_grid),
-        _geometry(inputs.key_grid),
+        inputs.dropout_seed,
+        inputs.query_grid.pack(),
+        inputs.key_grid.pack(),
         scale,
+        inputs.dropout_p,
     )
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """``tensor`` if the copy engine can read it in place, else a copy whose rows start at multiples of 16 bytes."""
-    strides = tensor.stride()
-    in_place = strides[3] == 1 and tensor.data_ptr() % (2 * _ALIGNMENT) == 0
-    for size, stride in zip(tensor.shape[:3], strides[:3]):
+    batch, head, token, element = tensor.stride()
+    if (
+        element == 1
+        and batch > 0
+        and head > 0
+        and token > 0
+        and not (tensor.data_ptr() // 2 | batch | head | token) % _ALIGNMENT
+    ):
+        return tensor
+    in_place = element == 1 and tensor.data_ptr() % (2 * _ALIGNMENT) == 0
+    for size, stride in zip(tensor.shape, (batch, head, token)):
         in_place = in_place and (size == 1 or (stride > 0 and stride % _ALIGNMENT == 0))
     if in_place:
         return tensor
@@ -124,22 +279,25 @@ def _aligned(tensor: Tensor) -> Tensor:
     return padded.copy_(tensor)
 
 
-@lru_cache(maxsize=1024)
-def _geometry(grid: TokenGrid) -> list[int]:
-    return [grid.prefix, grid.height, grid.width, grid.suffix, *grid.tile]
+def _tile_within(grid: TokenGrid) -> tuple[int, int] | None:
+    """The kernel's tile that the grid's tiles consist of."""
+    height, width = grid.tile
+    return next((tile for tile in _TILES if height % tile[0] == 0 and width % tile[1] == 0), None)
 
 
 def _why_not_grid(grid: TokenGrid) -> str | None:
-    height, width = grid.tile
-    if height * width != _BLOCK_TOKENS or width & (width - 1):
+    tile = _tile_within(grid)
+    if tile is None:
         return (
-            f"blocks must be tiles of {_BLOCK_TOKENS} patches with sides that are powers of two, got {height}×{width}"
+            f"blocks must consist of tiles of {_BLOCK_TOKENS} patches with sides that are powers of two, "
+            f"got {grid.tile[0]}×{grid.tile[1]}"
         )
-    columns = max(grid.tile_columns, grid.num_prefix_blocks, grid.num_suffix_blocks)
-    if grid.tile_rows > _MAX_TILES[0] or columns > _MAX_TILES[1]:
-        return f"a grid may have up to {_MAX_TILES[0]} × {_MAX_TILES[1]} blocks, got {grid.tile_rows} × {columns}"
-    if grid.num_tiles * grid.tile_columns >= 2**32:
-        return f"a grid may have up to 2³² blocks times columns of blocks, got {grid.num_tiles} × {grid.tile_columns}"
+    rows, columns = -(-grid.height // tile[0]), -(-grid.width // tile[1])
+    widest = max(columns, -(-grid.prefix // _BLOCK_TOKENS), -(-grid.suffix // _BLOCK_TOKENS))
+    if rows > _MAX_TILES[0] or widest > _MAX_TILES[1]:
+        return f"a grid may have up to {_MAX_TILES[0]} × {_MAX_TILES[1]} blocks, got {rows} × {widest}"
+    if rows * columns * columns >= 2**32:
+        return f"a grid may have up to 2³² blocks times columns of blocks, got {rows * columns} × {columns}"
     return None
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..block_mask import BlockMask
 from ..token_grid import TokenGrid
 from . import gathered
 from .interface import AttentionGradients, AttentionInputs, Request, tokens_before_heads
@@ -53,6 +54,10 @@ def why_not_here() -> str | None:
     except ImportError:
         return "triton, which compiles it, is not installed"
     return None
+
+
+def fit_mask(mask: BlockMask) -> BlockMask:
+    return mask
 
 
 def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | None]:

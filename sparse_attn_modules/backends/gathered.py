@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..block_mask import BlockMask
 from .chunk_bias import chunk_bias, sums_over_keys
+from .dropout import dropout_factors, row_hashes
 from .interface import AttentionGradients, AttentionInputs, Request, tokens_before_heads
 from .row_chunks import RowChunk, dense_chunks, sparse_chunks
 
@@ -38,6 +40,10 @@ def why_slower(request: Request) -> str | None:
     return None
 
 
+def fit_mask(mask: BlockMask) -> BlockMask:
+    return mask
+
+
 def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     plain = not with_lse and inputs.key_padding_mask is None and inputs.dropout_p == 0
     if plain and inputs.is_dense and inputs.rel_h is None:
@@ -47,7 +53,7 @@ def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | N
     lse = out.new_full(inputs.query.shape[:-1], -torch.inf, dtype=statistics) if with_lse else None
     for unit in _units(inputs):
         unit_out = unit.take(out)
-        for number, chunk in enumerate(unit.chunks):
+        for chunk in unit.chunks:
             query, key, value = unit.gather(chunk)
             if plain:
                 bias = _logit_bias(inputs, unit, chunk, query.dtype)
@@ -61,7 +67,7 @@ def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | N
                 if lse is not None:
                     _scatter_rows(unit.take(lse)[..., None], chunk, maximum + total.log())
                 if inputs.dropout_p > 0:
-                    weights = weights * _dropout_factors(inputs, unit, number, weights)
+                    weights = weights * _dropout_factors(unit, chunk, weights.dtype)
                 result = unit.workspace.matmul("result", weights, value.to(statistics))
                 result.div_(total.masked_fill_(total == 0, 1))
             _scatter_rows(unit_out, chunk, result)
@@ -88,7 +94,7 @@ def backward(
             unit.workspace.take(name, tuple(unit.key.shape), lse).zero_() for name in ("grad_key", "grad_value")
         )
         unit_grad_out = unit.workspace.copy("head_grad_out", unit.take(grad_out))
-        for number, chunk in enumerate(unit.chunks):
+        for chunk in unit.chunks:
             query, key, value = (tensor.to(statistics) for tensor in unit.gather(chunk))
             query.mul_(inputs.scale)
             chunk_grad_out = unit.workspace.gather("grad_out", unit_grad_out, chunk.query_tokens).to(statistics)
@@ -102,7 +108,7 @@ def backward(
             grad_weights = unit.workspace.matmul("grad_weights", chunk_grad_out, value.mT)
             dropped = weights
             if inputs.dropout_p > 0:
-                factors = _dropout_factors(inputs, unit, number, weights)
+                factors = _dropout_factors(unit, chunk, weights.dtype)
                 grad_weights.mul_(factors)
                 dropped = weights * factors
             _add_to_keys(unit_grad_value, chunk, unit.workspace.matmul("grad_kv", dropped.mT, chunk_grad_out))
@@ -128,10 +134,10 @@ def backward(
     )
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attention without anything to skip: PyTorch's own kernels, which are differentiable."""
     grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
     return tokens_before_heads(out)
 
 
@@ -292,11 +298,14 @@ def _logits(inputs: AttentionInputs, unit: _Unit, chunk: RowChunk, query: Tensor
     return logits if bias is None else logits.add_(bias)
 
 
-def _dropout_factors(inputs: AttentionInputs, unit: _Unit, number: int, weights: Tensor) -> Tensor:
-    """0 with probability ``dropout_p``, otherwise 1 / (1 − dropout_p): equal in forward and backward."""
+def _dropout_factors(unit: _Unit, chunk: RowChunk, dtype: torch.dtype) -> Tensor:
+    """Of the chunk's weights ``[U, R, M, L]``."""
+    inputs, device = unit.inputs, unit.query.device
     assert inputs.dropout_seed is not None
-    place = (unit.batches if isinstance(unit.batches, int) else 0, unit.heads if isinstance(unit.heads, int) else 0)
-    seed = hash((int(inputs.dropout_seed), *place, number)) % 2**63
-    generator = torch.Generator(weights.device).manual_seed(seed)
-    draw = torch.rand(weights.shape, dtype=torch.float32, device=weights.device, generator=generator)
-    return (draw >= inputs.dropout_p).to(weights.dtype) / max(1 - inputs.dropout_p, 1e-30)
+    batch, heads = inputs.query.shape[:2]
+    numbers = torch.arange(batch * heads, device=device).view(batch, heads)[unit.batches, unit.heads].reshape(-1)
+    rows = row_hashes(inputs.dropout_seed, numbers[:, None, None], chunk.query_tokens)  # [U, R, M]
+    keys = chunk.key_tokens
+    if keys is None:
+        keys = torch.arange(inputs.key.shape[2], device=device)[None]
+    return dropout_factors(rows[..., None], keys[:, None], inputs.dropout_p, dtype)

@@ -8,14 +8,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..block_mask import BlockMask
 from ..token_grid import TokenGrid
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: that would take 2 µs more to make, of a launch's 20
 class AttentionInputs:
-    """One call of the operator, already checked. Sizes: B batch, Hq / Hkv heads, Nq / Nk tokens, Q / K blocks.
+    """One call of the operator, already checked; read-only.
 
-    The index lists mean what the properties of the same name of :class:`BlockMask` mean.
+    Sizes: B batch, Hq / Hkv heads, Nq / Nk tokens, Q / K blocks. The index lists mean what the properties of the same
+    name of :class:`BlockMask` mean.
     """
 
     query: Tensor  # [B, Hq, Nq, D], last dimension contiguous, any other strides
@@ -30,7 +32,7 @@ class AttentionInputs:
     rel_h: Tensor | None  # [B, Hq, Nq, key height], added to the logits of image keys, or None
     rel_w: Tensor | None  # [B, Hq, Nq, key width]; given exactly when rel_h is
     key_padding_mask: Tensor | None  # bool [B, Nk], true = ignore the key
-    dropout_seed: Tensor | None  # int64 [1], on the CPU; given when dropout_p > 0
+    dropout_seed: Tensor | None  # int64 [1], on the device of the query; given when dropout_p > 0: see dropout.py
     query_grid: TokenGrid
     key_grid: TokenGrid
     scale: float
@@ -91,6 +93,9 @@ class Backend(Protocol):
     def why_not_here(self) -> str | None:
         """The reason why this backend cannot run at all on this machine, or None."""
 
+    def fit_mask(self, mask: BlockMask) -> BlockMask:
+        """The mask in the blocks that this backend computes in; itself where it takes any."""
+
     def forward(self, inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | None]:
         """Output as :meth:`AttentionInputs.new_output`, and log-sum-exp ``[B, Hq, Nq]`` if asked for."""
 
@@ -103,7 +108,7 @@ class Backend(Protocol):
 def empty_tokens_before_heads(like: Tensor) -> Tensor:
     """Uninitialised, in the shape of ``[B, H, N, D]`` and the layout of :func:`tokens_before_heads`."""
     batch, heads, tokens, width = like.shape
-    return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
+    return like.new_empty_strided((batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1))
 
 
 def tokens_before_heads(tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..block_mask import BlockMask
+from .dropout import dropout_factors, row_hashes
 from .interface import AttentionGradients, AttentionInputs, Request
 
 name = "reference"
@@ -23,6 +25,10 @@ def why_slower(request: Request) -> str | None:
 
 def why_not_here() -> str | None:
     return None
+
+
+def fit_mask(mask: BlockMask) -> BlockMask:
+    return mask
 
 
 def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -99,11 +105,11 @@ def _token_mask(inputs: AttentionInputs) -> Tensor:
 
 
 def _dropout_factors(inputs: AttentionInputs, weights: Tensor) -> Tensor:
-    """0 with probability ``dropout_p``, otherwise 1 / (1 − dropout_p): the same for the same seed."""
+    """Of all weights ``[B, Hq, Nq, Nk]``."""
     assert inputs.dropout_seed is not None
-    generator = torch.Generator(weights.device).manual_seed(int(inputs.dropout_seed))
-    draw = torch.rand(weights.shape, dtype=torch.float32, device=weights.device, generator=generator)
-    return (draw >= inputs.dropout_p).to(weights.dtype) / max(1 - inputs.dropout_p, 1e-30)
+    batch, heads, queries, keys = (torch.arange(size, device=weights.device) for size in weights.shape)
+    rows = row_hashes(inputs.dropout_seed, (batch[:, None] * len(heads) + heads)[..., None], queries)  # [B, Hq, Nq]
+    return dropout_factors(rows[..., None], keys, inputs.dropout_p, weights.dtype)
 
 
 def _per_query_head(tensor: Tensor, inputs: AttentionInputs) -> Tensor:

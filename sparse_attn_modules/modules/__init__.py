@@ -3,11 +3,13 @@
 from .base import SparseAttention
 from .multihead import SparseMultiheadAttention
 from .sam import SAMAttentionSparse
+from .sam_block import SAMWindowBlock
 from .skipping import why_skipping_cannot_pay
 from .vit import ViTSparseAttention
 
 __all__ = [
     "SAMAttentionSparse",
+    "SAMWindowBlock",
     "SparseAttention",
     "SparseMultiheadAttention",
     "ViTSparseAttention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..functional import block_sparse_attention
 from ..patterns import Dense, Pattern, resolve_pattern
 from ..patterns.traced import register_for_tracing, traced_mask
 from ..token_grid import TokenGrid
+
+_MAX_MASKS = 8  # kept per layer: more than the image sizes of one training run, less than a leak
 
 
 class SparseAttention(nn.Module):
@@ -52,21 +55,40 @@ class SparseAttention(nn.Module):
     def _set_pattern(self, pattern: Pattern | str) -> None:
         self._pattern = resolve_pattern(pattern)
         self._pattern_name = register_for_tracing(self._pattern)
-        self._mask: BlockMask | None = None
+        self._masks: dict[str, BlockMask] = {}
 
     def block_mask(
         self, query_grid: TokenGrid, num_heads: int, device: torch.device, key_grid: TokenGrid | None = None
     ) -> BlockMask:
-        """The mask of this layer's pattern on a geometry; the last one is kept."""
+        """The mask of this layer's pattern on a geometry; the last few are kept."""
         key_grid = query_grid if key_grid is None else key_grid
-        mask = self._mask
-        if mask is not None and mask.query_grid == query_grid and mask.key_grid == key_grid and mask.device == device:
-            return mask
+        # Compiled code asks for one name, so that masks for other geometries may come and go.
+        name = _mask_name(query_grid, key_grid, device)
+        if name in self._masks:
+            return self._masks[name]
         if torch.compiler.is_compiling():
             return traced_mask(self._pattern_name, query_grid, key_grid, num_heads, device)
         mask = self.pattern.mask(query_grid, num_heads, key_grid=key_grid, device=device)
-        self._mask = mask
+        self.keep_masks([mask])
         return mask
+
+    @property
+    def kept_masks(self) -> tuple[BlockMask, ...]:
+        """The masks that :meth:`block_mask` finds without asking the pattern, the latest last."""
+        return tuple(self._masks.values())
+
+    def keep_masks(self, masks: Iterable[BlockMask]) -> None:
+        """Adds masks of this layer's pattern to those kept.
+
+        Compiled code takes a kept mask as a tensor like any other: it runs on, without being compiled again, when a new
+        pattern is assigned and its masks for the same geometries are kept before the next call.
+        """
+        for mask in masks:
+            name = _mask_name(mask.query_grid, mask.key_grid, mask.device)
+            self._masks.pop(name, None)
+            self._masks[name] = mask
+        while len(self._masks) > _MAX_MASKS:
+            del self._masks[next(iter(self._masks))]
 
     def attend(
         self,
@@ -106,8 +128,8 @@ class SparseAttention(nn.Module):
         return out if self.compute_dtype is None else out.to(dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mask can be rebuilt; copies and pickles need not carry it.
-        return {**self.__dict__, "_mask": None}
+        # Masks can be rebuilt; copies and pickles need not carry them.
+        return {**self.__dict__, "_masks": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -115,3 +137,7 @@ class SparseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pattern={self.pattern}"
+
+
+def _mask_name(query_grid: TokenGrid, key_grid: TokenGrid, device: torch.device) -> str:
+    return f"{query_grid.pack()} {key_grid.pack()} {device}"

@@ -2,6 +2,12 @@
 
 The bias of a query is kept as its two factors, one value per key row and one per key column; the operator adds them
 where it computes a block. Nothing of the size of all token pairs is ever made.
+
+Windows are read from the image itself. The encoder pads the image with zeros before the projection to query, key and
+value, so a window that hangs over it holds keys and values that equal their biases, and attends to them. A bias of the
+keys shifts all logits of a query alike, which its softmax does not see; a bias of the values passes through the average
+unchanged. So the same comes out if keys and values are projected without bias, those beyond the image are zero, and the
+bias of the values joins that of the output projection.
 """
 
 from __future__ import annotations
@@ -12,12 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..patterns import Pattern
+from ..relative_position import relative_position
 from ..token_grid import TokenGrid
+from ..windows import partition, unpartition
 from .base import SparseAttention
+from .plain_linear import is_plain_linear
 
 _NAME = "SAMAttentionSparse"
 _REPLACED = (
@@ -145,6 +153,8 @@ class SAMAttentionSparse(SparseAttention):
         num_image_tokens: int | None = None,
         num_prompt_tokens: int | None = None,
         grid_size: tuple[int, int] | None = None,
+        *,
+        window_size: int = 0,
     ) -> Tensor:
         """Self-attention among patches, or among patches and prompt tokens.
 
@@ -154,42 +164,130 @@ class SAMAttentionSparse(SparseAttention):
             num_image_tokens: number of patches of ``[B, N, C]``; the rest of the tokens by default.
             num_prompt_tokens: number of prompt tokens of ``[B, N, C]``; the rest of the tokens by default.
             grid_size: (height, width) in patches for ``[B, N, C]``; square by default.
+            window_size: attend within windows of so many patches a side, for ``[B, H, W, C]``; 0 for the whole image.
+                The result is that of the encoder's window blocks, which pad ``x`` with zeros to whole windows.
 
         Returns:
             The shape of ``x``.
 
         Raises:
-            ValueError: if the numbers of tokens do not add up, or no grid is known for the patches.
+            ValueError: if the numbers of tokens do not add up, or no grid is known for the patches, or there are
+                windows on anything but ``[B, H, W, C]``.
         """
         grid = _token_grid(x, num_image_tokens, num_prompt_tokens, grid_size)
-        # Views of the fused projection, [B, heads, N, D] each.
-        query, key, value = rearrange(
-            self.qkv(x), "b ... (three heads d) -> three b heads (...) d", three=3, heads=self.num_heads
-        )
+        if window_size == 0:
+            return self._attend_to(x, grid)
+        if window_size < 0 or x.dim() != 4:
+            raise ValueError(
+                f"{_NAME}: window_size must be positive and x of shape [B, H, W, C], "
+                f"got {window_size} and {list(x.shape)}"
+            )
+        if self.rope is not None or not all(isinstance(norm, nn.Identity) for norm in (self.q_norm, self.k_norm)):
+            return self._attend_in_padded_windows(x, (window_size, window_size))
+        return self._attend_in_windows(x, (window_size, window_size))
+
+    def _attend_to(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """Attention of all tokens to all, as far as the pattern goes."""
+        query, key, value = self._project(x)
         query, key = self.q_norm(query), self.k_norm(key)
-        relative_position = self._relative_position(query, grid) if self.use_rel_pos else None
+        bias = self._relative_position(query, grid) if self.use_rel_pos else None
         if self.rope is not None:
             query, key = self._rotate(self.rope, query, key, grid)
-        out = self.attend(
+        out = self._attend(query, key, value, grid, bias)
+        return self.proj_drop(self.proj(self._like(x, out)))
+
+    def _attend_in_windows(self, x: Tensor, window: tuple[int, int]) -> Tensor:
+        """Attention within windows of the image as it lies in memory."""
+        size = (x.shape[1], x.shape[2])
+        query, key, value, value_bias = self._project_without_key_and_value_bias(x)
+        bias = None
+        if self.use_rel_pos:
+            bias = relative_position(query, self.rel_pos_h, self.rel_pos_w, size, window, keep=not self.training)
+        query, key, value = (partition(tensor, size, window) for tensor in (query, key, value))
+        if bias is not None:
+            bias = partition(bias[0], size, window), partition(bias[1], size, window)
+        out = self._attend(query, key, value, TokenGrid(*window), bias)
+        out = self._like(x, unpartition(out, size, window))
+        if value_bias is None:
+            out = self.proj(out)
+        elif is_plain_linear(self.proj):
+            out = F.linear(out, self.proj.weight, F.linear(value_bias, self.proj.weight, self.proj.bias))
+        else:
+            out = self.proj(out + value_bias)
+        return self.proj_drop(out)
+
+    def _attend_in_padded_windows(self, x: Tensor, window: tuple[int, int]) -> Tensor:
+        """The same where something between projection and product keeps the biases from cancelling."""
+        size = (x.shape[1], x.shape[2])
+        windows = partition(x.flatten(1, 2)[:, None], size, window)  # [B · windows, 1, window patches, C]
+        out = self._attend_to(windows.squeeze(1).unflatten(1, window), TokenGrid(*window))
+        return unpartition(out.flatten(1, 2)[:, None], size, window).view_as(x)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid, bias: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        return self.attend(
             query,
             key,
             value,
             grid,
             scale=self.scale,
-            relative_position=relative_position,
+            relative_position=bias,
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )
-        out = out.transpose(1, 2).reshape(*x.shape[:-1], -1)  # [B, heads, N, D] -> the shape of x
-        return self.proj_drop(self.proj(out))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, views ``[B, heads, N, D]`` each."""
+        if self.use_rel_pos and is_plain_linear(self.qkv):
+            # Products with the tables read queries in place only if those lie by themselves.
+            width = x.shape[-1]
+            return self._project_in_parts(x, self.qkv, None if self.qkv.bias is None else self.qkv.bias[width:])
+        return self._in_compute_dtype(self._heads(self.qkv(x), 3))
+
+    def _project_without_key_and_value_bias(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As :meth:`_project`; and the bias of the values, ``[C]``, None if there is none."""
+        width = x.shape[-1]
+        if is_plain_linear(self.qkv):
+            value_bias = None if self.qkv.bias is None else self.qkv.bias[2 * width :]
+            return *self._project_in_parts(x, self.qkv, None), value_bias
+        # Whatever the projection is made of, its biases are what it makes of zeros.
+        biases = self.qkv(x.new_zeros(1, width))[0]
+        is_query = torch.arange(3 * width, device=x.device) < width
+        projected = self._heads(self.qkv(x) - biases.masked_fill(is_query, 0), 3)
+        return *self._in_compute_dtype(projected), biases[2 * width :]
+
+    def _project_in_parts(
+        self, x: Tensor, qkv: nn.Linear, key_value_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries by themselves, then keys and values together with another bias than their own."""
+        width = x.shape[-1]
+        query = F.linear(x, qkv.weight[:width], None if qkv.bias is None else qkv.bias[:width])
+        key_value = F.linear(x, qkv.weight[width:], key_value_bias)
+        return self._in_compute_dtype([*self._heads(query, 1), *self._heads(key_value, 2)])
+
+    def _heads(self, projected: Tensor, parts: int) -> list[Tensor]:
+        """``[B, …, parts · heads · D]`` -> views ``[B, heads, N, D]``."""
+        tokens = projected.flatten(1, -2).unflatten(-1, (parts, self.num_heads, -1))  # [B, N, parts, heads, D]
+        return [part.transpose(1, 2) for part in tokens.unbind(2)]
+
+    def _like(self, x: Tensor, out: Tensor) -> Tensor:
+        """``[B, heads, N, D]`` in the shape of ``x``, and in its dtype where attention had one of its own."""
+        out = out.transpose(1, 2).flatten(2).view(x.shape)
+        return out if self.compute_dtype is None else out.to(x.dtype)
+
+    def _in_compute_dtype(self, parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        if self.compute_dtype is not None:
+            parts = [part.to(self.compute_dtype) for part in parts]
+        query, key, value = parts
+        return query, key, value
 
     def _relative_position(self, query: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
         """The bias of each query per key row, ``[B, heads, N, H]``, and per key column, ``[B, heads, N, W]``."""
-        patches = query[:, :, : grid.num_patches].unflatten(2, (grid.height, grid.width))  # [B, heads, H, W, D]
-        rel_h = torch.einsum("bnhwd,hkd->bnhwk", patches, _between_positions(self.rel_pos_h, grid.height))
-        rel_w = torch.einsum("bnhwd,wkd->bnhwk", patches, _between_positions(self.rel_pos_w, grid.width))
-        rel_h, rel_w = rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+        size = (grid.height, grid.width)
+        patches = query[:, :, : grid.num_patches] if grid.suffix else query
+        rel_h, rel_w = relative_position(patches, self.rel_pos_h, self.rel_pos_w, size, keep=not self.training)
         if grid.suffix:
-            rel_h, rel_w = (F.pad(rel, (0, 0, 0, grid.suffix)) for rel in (rel_h, rel_w))
+            return F.pad(rel_h, (0, 0, 0, grid.suffix)), F.pad(rel_w, (0, 0, 0, grid.suffix))
         return rel_h, rel_w
 
     def _rotate(self, rope: Any, query: Tensor, key: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
@@ -209,18 +307,6 @@ class SAMAttentionSparse(SparseAttention):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, use_rel_pos={self.use_rel_pos}, {super().extra_repr()}"
-
-
-def _between_positions(table: Tensor, size: int) -> Tensor:
-    """Embedding between each pair of positions of an axis: ``[2 S − 1, D]`` -> ``[size, size, D]``.
-
-    A table made for another size is interpolated along its rows, as the original layers do.
-    """
-    rows = 2 * size - 1
-    if table.shape[0] != rows:
-        table = F.interpolate(table.T[None], size=rows, mode="linear")[0].T
-    positions = torch.arange(size, device=table.device)
-    return table[positions[:, None] - positions + size - 1]
 
 
 def _token_grid(

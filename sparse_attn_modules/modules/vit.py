@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from ..patterns import Dense, Pattern
 from ..token_grid import TokenGrid
 from .base import SparseAttention
 from .masked import masked_attention
+from .plain_linear import is_plain_linear
+from .rotary import rotate
 
 _NAME = "ViTSparseAttention"
 _REPLACED = (
@@ -200,7 +203,8 @@ class ViTSparseAttention(SparseAttention):
         query, key, value = self._project(x)
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None:
-            query, key = (self._rotate(tensor, rope).type_as(value) for tensor in (query, key))
+            query, key = self._rotate(query, key, rope)
+            query, key = query.type_as(value), key.type_as(value)
         dropout_p = self.attn_drop.p if self.training else 0.0
         grid = self._token_grid(x.shape[1])
         if grid is None or attn_mask is not None or is_causal:
@@ -220,24 +224,26 @@ class ViTSparseAttention(SparseAttention):
             projected = (projection(x) for projection in projections if projection is not None)
             query, key, value = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in zip(projected, heads))
             return query, key, value
-        qkv = self.qkv(x)
-        if self.q_bias is not None and self.k_bias is not None and self.v_bias is not None:
-            # Added here rather than inside the projection, whose weight an adapter may have replaced.
-            qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias)).to(qkv.dtype)
+        if self.q_bias is None or self.k_bias is None or self.v_bias is None:
+            qkv = self.qkv(x)
+        else:
+            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+            if is_plain_linear(self.qkv) and self.qkv.bias is None:
+                qkv = F.linear(x, self.qkv.weight, bias)
+            else:
+                qkv = self.qkv(x)
+                qkv = qkv + bias.to(qkv.dtype)
         query, key, value = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads)
         return query, key, value
 
-    def _rotate(self, tensor: Tensor, rope: Tensor) -> Tensor:
-        """Rotary position of the patches (arXiv:2104.09864); prefix tokens have none."""
-        prefix, patches = tensor[:, :, : self.num_prefix_tokens], tensor[:, :, self.num_prefix_tokens :]
-        sine, cosine = rope.chunk(2, dim=-1)
-        if self.rotate_half:
-            first, second = patches.chunk(2, dim=-1)
-            turned = torch.cat([-second, first], dim=-1)
-        else:
-            turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
-        rotated = (patches * cosine + turned * sine).to(tensor.dtype)
-        return torch.cat([prefix, rotated], dim=2)
+    def _rotate(self, query: Tensor, key: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        prefix = self.num_prefix_tokens or 0
+        # What a hook has seen, or a module of its own made, must stay as it was.
+        overwrite = self.qkv is not None and is_plain_linear(self.qkv)
+        return (
+            rotate(query, rope, prefix, self.rotate_half, overwrite=overwrite),
+            rotate(key, rope, prefix, self.rotate_half, overwrite=overwrite),
+        )
 
     def _token_grid(self, num_tokens: int) -> TokenGrid | None:
         """The grid of these tokens; None, said once, if they do not fit the one that is known."""

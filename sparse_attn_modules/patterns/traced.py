@@ -13,7 +13,7 @@ from ..block_mask import BlockMask
 from ..token_grid import TokenGrid
 from .base import Dense, Pattern
 
-_LISTS = ("key_counts", "key_indices", "query_counts", "query_indices", "row_order")
+LISTS = ("key_counts", "key_indices", "query_counts", "query_indices", "row_order")
 _patterns: dict[str, Pattern] = {}
 _names: dict[Pattern, str] = {}
 
@@ -42,7 +42,7 @@ def traced_mask(
         name, query_grid.pack(), key_grid.pack(), num_heads, device
     )
     is_dense = isinstance(_patterns[name], Dense)
-    return BlockMask.from_lists(blocks, dict(zip(_LISTS, lists)), query_grid, key_grid, is_dense)
+    return BlockMask.from_lists(blocks, dict(zip(LISTS, lists)), query_grid, key_grid, is_dense)
 
 
 @torch.library.impl(_library, "pattern_mask", "CompositeExplicitAutograd")
@@ -51,7 +51,7 @@ def _pattern_mask(
 ) -> tuple[Tensor, ...]:
     grids = TokenGrid.unpack(query_grid), TokenGrid.unpack(key_grid)
     mask = _patterns[name].mask(grids[0], num_heads, key_grid=grids[1], device=device)
-    tensors = (mask.blocks, *(getattr(mask, attribute) for attribute in _LISTS))
+    tensors = (mask.blocks, *(getattr(mask, attribute) for attribute in LISTS))
     return tuple(
         tensor.expand(1, num_heads, *tensor.shape[2:]).clone(memory_format=torch.contiguous_format)
         for tensor in tensors

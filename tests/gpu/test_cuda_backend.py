@@ -15,7 +15,8 @@ from sparse_attn_modules.backends import cuda
 _REASON = cuda.why_not_here()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=f"cuda backend: {_REASON}")]
 
-_TILES = [(8, 16), (16, 8), (4, 32), (2, 64), (1, 128)]
+_TILES = [(8, 16), (16, 8), (4, 32), (2, 64), (1, 128), (16, 16), (1, 384), (32, 24)]
+_RELATIVE_POSITION_TILES = [(8, 16), (8, 16), (16, 16), (8, 48)]
 _HEAD_DIMS = [8, 16, 24, 32, 40, 48, 56, 64, 64, 64, 72, 80, 80, 80, 88, 96, 96, 104, 112, 120, 128, 128]
 _LAYOUTS = ["heads first", "tokens first", "fused qkv", "slice"]
 
@@ -75,7 +76,7 @@ def _case(seed: int) -> Case:
     head_dim, batch, key_heads = draw.choice(_HEAD_DIMS), draw.choice([1, 1, 2, 3]), draw.choice([1, 2, 3])
     heads = key_heads * draw.choice([1, 1, 1, 2, 4])
     has_bias = draw.random() < 0.4
-    tile = (8, 16) if has_bias else None
+    tile = draw.choice(_RELATIVE_POSITION_TILES) if has_bias else None
     query_grid = _grid(draw, tile)
     key_grid = query_grid if draw.random() < 0.6 else _grid(draw, tile)
 
@@ -300,10 +301,25 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert torch.equal(out[-1, 0], out[-1, heads - 1])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_runs_on_the_device_of_its_tensors(head_dim: int) -> None:
+    grid = TokenGrid(40, 40, prefix=1)
+    tensors, mask = _simple(grid, head_dim=head_dim)
+    expected = block_sparse_attention(*tensors, mask, backend="cuda")
+    for current in (0, 1):
+        with torch.cuda.device(current):
+            moved = [tensor.to("cuda:1") for tensor in tensors]
+            out = block_sparse_attention(*moved, mask.to("cuda:1"), backend="cuda")
+            assert torch.cuda.current_device() == current
+        assert out.device == torch.device("cuda:1")
+        assert torch.equal(out.cpu(), expected.cpu())
+
+
 def test_refuses_with_a_reason() -> None:
-    grid = TokenGrid(16, 16, tile=(16, 16))
+    grid = TokenGrid(16, 16, tile=(12, 12))
     tensors, mask = _simple(grid)
-    with pytest.raises(ValueError, match="blocks must be tiles of 128"):
+    with pytest.raises(ValueError, match="blocks must consist of tiles of 128"):
         block_sparse_attention(*tensors, mask, backend="cuda")
     tensors, mask = _simple(TokenGrid(16, 16), head_dim=136)
     with pytest.raises(ValueError, match="head_dim must be a multiple of 8 up to 128"):

@@ -1,0 +1,84 @@
+// Matrix products of the backward pass that the forward pass has no use for. See wgmma.cuh for what a thread holds.
+#pragma once
+
+#include "wgmma.cuh"
+
+namespace sparse_attn {
+
+// Operands in registers must be complete before the fence, or the compiler adds fences of its own.
+template <int kSteps>
+__device__ __forceinline__ void pin_operands(uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kSteps; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
+// A first product that only writes its accumulator: nothing has to be set to zero, and no register is held before it.
+#define NEW_FLOATS_8(d, i) \
+    "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3]), "=f"(d[i + 4]), "=f"(d[i + 5]), "=f"(d[i + 6]), "=f"(d[i + 7])
+#define NEW_FLOATS_16(d, i) NEW_FLOATS_8(d, i), NEW_FLOATS_8(d, i + 8)
+#define NEW_FLOATS_32(d, i) NEW_FLOATS_16(d, i), NEW_FLOATS_16(d, i + 16)
+#define NEW_FLOATS_40(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_8(d, i + 32)
+#define NEW_FLOATS_48(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_16(d, i + 32)
+#define NEW_FLOATS_64(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_32(d, i + 32)
+
+#define WGMMA_SHARED(type, columns, count, floats, accumulate, transpose_a, transpose_b, a_slot, b_slot) \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" ACCUMULATORS_##count "}, " \
+                 a_slot ", " b_slot ", " #accumulate ", 1, 1, " #transpose_a ", " #transpose_b ";" \
+                 : floats##_##count(d, 0) : "l"(a), "l"(b))
+#define WGMMA_SHARED_OF_TYPE(columns, count, transpose_a, transpose_b, ...) \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
+        if constexpr (kAccumulate) { \
+            WGMMA_SHARED("bf16", columns, count, FLOATS, 1, transpose_a, transpose_b, __VA_ARGS__); \
+        } else { \
+            WGMMA_SHARED("bf16", columns, count, NEW_FLOATS, 0, transpose_a, transpose_b, __VA_ARGS__); \
+        } \
+    } else { \
+        if constexpr (kAccumulate) { \
+            WGMMA_SHARED("f16", columns, count, FLOATS, 1, transpose_a, transpose_b, __VA_ARGS__); \
+        } else { \
+            WGMMA_SHARED("f16", columns, count, NEW_FLOATS, 0, transpose_a, transpose_b, __VA_ARGS__); \
+        } \
+    }
+
+// Accumulator (+)= A B^T, both from shared memory with their depth along the rows: K Q^T and V dO^T.
+template <typename T, int kColumns, bool kAccumulate>
+__device__ __forceinline__ void wgmma_scores(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {
+    if constexpr (kColumns == 64) {
+        WGMMA_SHARED_OF_TYPE(64, 32, 0, 0, "%32", "%33");
+    } else if constexpr (kColumns == 128) {
+        WGMMA_SHARED_OF_TYPE(128, 64, 0, 0, "%64", "%65");
+    } else {
+        static_assert(kColumns == 64, "write the instruction for this number of columns above");
+    }
+}
+
+// Accumulator (+)= A B, both from shared memory, B with its depth down the rows: dS K. With kTransposeA that of A runs down
+// the rows too: dS^T Q.
+template <typename T, int kHeadDim, bool kAccumulate, bool kTransposeA = false>
+__device__ __forceinline__ void wgmma_shared_output(float (&d)[kHeadDim / 2], uint64_t a, uint64_t b) {
+#define WGMMA_SHARED_OUTPUT(columns, count, ...) \
+    if constexpr (kTransposeA) { \
+        WGMMA_SHARED_OF_TYPE(columns, count, 1, 1, __VA_ARGS__); \
+    } else { \
+        WGMMA_SHARED_OF_TYPE(columns, count, 0, 1, __VA_ARGS__); \
+    }
+    if constexpr (kHeadDim == 32) {
+        WGMMA_SHARED_OUTPUT(32, 16, "%16", "%17");
+    } else if constexpr (kHeadDim == 64) {
+        WGMMA_SHARED_OUTPUT(64, 32, "%32", "%33");
+    } else if constexpr (kHeadDim == 80) {
+        WGMMA_SHARED_OUTPUT(80, 40, "%40", "%41");
+    } else if constexpr (kHeadDim == 96) {
+        WGMMA_SHARED_OUTPUT(96, 48, "%48", "%49");
+    } else if constexpr (kHeadDim == 128) {
+        WGMMA_SHARED_OUTPUT(128, 64, "%64", "%65");
+    } else {
+        static_assert(kHeadDim == 32, "write the instruction for this number of columns above");
+    }
+#undef WGMMA_SHARED_OUTPUT
+}
+
+#undef WGMMA_SHARED_OF_TYPE
+#undef WGMMA_SHARED
+
+}  // namespace sparse_attn

@@ -1,0 +1,128 @@
+// What the operators have in common: geometry and lists out of Python's arguments, and their checks (host).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "params.h"
+
+namespace sparse_attn {
+
+using torch::stable::Tensor;
+
+// As TokenGrid packs it: {height, width, prefix, suffix, tile height, tile width}
+inline GridParams grid_params(const char* name, const std::vector<int64_t>& grid) {
+    STD_TORCH_CHECK(grid.size() == 6, "block_sparse_attention: ", name, " must have 6 entries, got ", grid.size());
+    GridParams params{};
+    params.height = int(grid[0]);
+    params.width = int(grid[1]);
+    params.prefix = int(grid[2]);
+    params.suffix = int(grid[3]);
+    params.tile_height = int(grid[4]);
+    params.tile_width = int(grid[5]);
+    const bool fits = params.tile_height * params.tile_width == kBlockTokens && params.tile_width >= 1 &&
+                      (params.tile_width & (params.tile_width - 1)) == 0;
+    STD_TORCH_CHECK(fits, "block_sparse_attention: ", name, " must have tiles of ", kBlockTokens,
+                    " tokens whose sides are powers of two, got ", params.tile_height, " x ", params.tile_width);
+    while ((1 << params.tile_width_log2) < params.tile_width) params.tile_width_log2++;
+    params.tile_height_log2 = kBlockTokensLog2 - params.tile_width_log2;
+    params.prefix_blocks = (params.prefix + kBlockTokens - 1) / kBlockTokens;
+    params.tile_columns = (params.width + params.tile_width - 1) / params.tile_width;
+    params.tile_blocks = params.tile_columns * ((params.height + params.tile_height - 1) / params.tile_height);
+    const uint64_t columns = uint64_t(params.tile_columns);
+    STD_TORCH_CHECK(uint64_t(params.tile_blocks) * columns < (uint64_t(1) << 32), "block_sparse_attention: ", name,
+                    " must have fewer blocks, got ", params.tile_blocks, " in rows of ", columns);
+    params.tile_columns_reciprocal = uint32_t(((uint64_t(1) << 32) + columns - 1) / columns);
+    params.num_blocks = params.prefix_blocks + params.tile_blocks + (params.suffix + kBlockTokens - 1) / kBlockTokens;
+    return params;
+}
+
+// Blocks with fewer tokens than slots.
+inline int ragged_blocks(const GridParams& grid) {
+    const int rows = grid.tile_columns ? grid.tile_blocks / grid.tile_columns : 0;
+    const bool last_row = grid.height % grid.tile_height != 0, last_column = grid.width % grid.tile_width != 0;
+    return (grid.prefix % kBlockTokens != 0) + (grid.suffix % kBlockTokens != 0) +
+           (last_row ? grid.tile_columns : 0) + (last_column ? rows : 0) - (last_row && last_column);
+}
+
+inline int64_t tokens(const GridParams& grid) { return grid.prefix + int64_t(grid.height) * grid.width + grid.suffix; }
+
+inline void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) {
+    bool matches = tensor.dim() == int64_t(expected.size());
+    for (size_t i = 0; matches && i < expected.size(); i++) {
+        matches = expected[i] < 0 || tensor.size(int64_t(i)) == expected[i];
+    }
+    STD_TORCH_CHECK(matches, "block_sparse_attention: ", name, " must have the shape its grid and query ask for");
+}
+
+inline void check_sizes(int64_t batch, int64_t heads, int64_t head_dim, double scale) {
+    STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim > 0 && head_dim <= 128,
+                    "block_sparse_attention: head_dim must be a multiple of 8 up to 128, got ", head_dim);
+    STD_TORCH_CHECK(scale > 0, "block_sparse_attention: scale must be positive, got ", scale);
+    STD_TORCH_CHECK(heads <= 65535 && batch <= 65535, "block_sparse_attention: query must have up to 65535 batch entries"
+                    " and heads, got ", batch, " and ", heads);
+}
+
+inline void check_contiguous(const char* name, const std::optional<Tensor>& tensor) {
+    STD_TORCH_CHECK(!tensor.has_value() || tensor->is_contiguous(), "block_sparse_attention: ", name,
+                    " must be contiguous");
+}
+
+// Null where there is none.
+template <typename T>
+T* pointer(const std::optional<Tensor>& tensor) {
+    return tensor.has_value() ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+// Index lists [B | 1, Hq | 1, rows, entries], with their counts, and strides in rows: 0 where the lists are shared.
+struct Lists {
+    const int32_t *counts = nullptr, *indices = nullptr;
+    int batch_stride = 0, head_stride = 0;
+};
+
+inline Lists index_lists(const char* name, const std::optional<Tensor>& counts, const std::optional<Tensor>& indices,
+                         int64_t rows, int64_t entries) {
+    if (!counts.has_value()) return {};
+    check_shape(name, *counts, {-1, -1, rows});
+    check_shape(name, *indices, {-1, -1, rows, entries});
+    check_contiguous(name, counts);
+    check_contiguous(name, indices);
+    const int64_t heads = counts->size(1);
+    return {pointer<int32_t>(counts), pointer<int32_t>(indices), counts->size(0) > 1 ? int(heads * rows) : 0,
+            heads > 1 ? int(rows) : 0};
+}
+
+inline DropoutParams dropout_params(const std::optional<Tensor>& seed, double dropout_p) {
+    constexpr uint32_t kResolution = 1 << 24;
+    if (!seed.has_value()) return {};
+    check_shape("dropout_seed", *seed, {1});
+    DropoutParams params{};
+    params.seed = pointer<int64_t>(seed);
+    params.threshold = uint32_t(std::nearbyint(dropout_p * kResolution));
+    params.inverse_keep = params.threshold < kResolution ? float(double(kResolution) / (kResolution - params.threshold)) : 0;
+    return params;
+}
+
+inline cudaStream_t current_stream(int32_t device) {
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+                    "block_sparse_attention: PyTorch must tell the current stream");
+    return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "block_sparse_attention: the kernel must launch, got ",
+                    cudaGetErrorString(error));
+}
+
+}  // namespace sparse_attn

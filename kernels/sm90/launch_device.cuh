@@ -1,0 +1,31 @@
+// What a launch asks of the device and tells it, once.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace sparse_attn {
+
+constexpr int kMaxDevices = 64;
+
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, size_t bytes, int device, std::atomic<uint64_t>& allowed) {
+    const uint64_t bit = uint64_t(1) << device;
+    if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+    return error;
+}
+
+inline int multiprocessors(int device) {
+    static std::atomic<int> counts[kMaxDevices];
+    int count = counts[device].load(std::memory_order_relaxed);
+    if (count == 0 && cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess) {
+        counts[device].store(count, std::memory_order_relaxed);
+    }
+    return count;
+}
+
+}  // namespace sparse_attn

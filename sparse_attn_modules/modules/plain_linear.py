@@ -1,0 +1,23 @@
+"""Which projections may be computed by their weights, in parts or with another bias, without calling the module."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is ``nn.Linear`` and nothing else: no adapter, no hooks, no quantized or distributed weight.
+
+    Reading the weight of anything else would pass over what makes it different, silently.
+    """
+    return (
+        type(module) is nn.Linear
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and not is_traceable_wrapper_subclass(module.weight)
+    )

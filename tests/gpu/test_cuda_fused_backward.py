@@ -1,0 +1,163 @@
+"""The fused backward kernel, and when it is chosen. It sums dQ in any order: equal runs differ in the last bits."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_attn_modules import BlockMask, TokenGrid, block_sparse_attention
+from sparse_attn_modules.backends import cuda, gathered
+
+_REASON = cuda.why_not_here()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=f"cuda backend: {_REASON}")]
+
+_NAMES = ("query", "key", "value")
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every backward pass runs the fused kernel, whatever the density."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("the gathered backend was called")
+
+    monkeypatch.setattr(gathered, "backward", refuse)
+    monkeypatch.setattr(cuda, "_fuses", lambda inputs: True)
+
+
+def _grads(case, grad_out: Tensor, grad_lse: Tensor, attend) -> list[Tensor]:
+    out, lse = attend(case)
+    loss = (out * grad_out.to(out.dtype)).sum() + (lse.masked_fill(lse.isinf(), 0) * grad_lse.to(lse.dtype)).sum()
+    return list(torch.autograd.grad(loss, case.differentiable))
+
+
+def _attend(case) -> tuple[Tensor, Tensor]:
+    return block_sparse_attention(
+        case.query, case.key, case.value, case.mask, **case.options, backend="cuda", return_lse=True
+    )
+
+
+def _check(case, oracle) -> None:
+    grad_out = torch.randn_like(case.query)
+    grad_lse = torch.randn(case.query.shape[:3], device="cuda")
+    leaves = case.to(case.query.dtype, requires_grad=True)
+    ours, again = (_grads(leaves, grad_out, grad_lse, _attend) for _ in range(2))
+    low = _grads(leaves, grad_out, grad_lse, oracle)
+    expected = _grads(case.to(torch.float64, requires_grad=True), grad_out.double(), grad_lse, oracle)
+    for name, grad, repeated, low_grad, expected_grad in zip(_NAMES, ours, again, low, expected):
+        assert torch.isfinite(grad).all(), name
+        tolerance = 3 * (low_grad.double() - expected_grad).abs().max() + 1e-5
+        error = (grad.double() - expected_grad).abs().max()
+        assert error <= tolerance, f"{name}: {error} > {tolerance}"
+        if name != "query":
+            assert torch.equal(grad, repeated), f"{name} differs when repeated"
+
+
+@pytest.mark.usefixtures("fused", "poisoned_memory")
+@pytest.mark.parametrize("first", range(0, 400, 20))
+def test_matches_autograd_on_random_geometry(first: int, drawn_cuda_case, oracle) -> None:
+    for seed in range(first, first + 20):
+        case = drawn_cuda_case(seed)
+        case.relative_position = None
+        try:
+            _check(case, oracle)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+
+
+@pytest.mark.usefixtures("fused", "poisoned_memory")
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_blocks_of_keys_per_multiprocessor(head_dim: int, dtype: torch.dtype, drawn_cuda_case, oracle) -> None:
+    """Steps run on across the borders between blocks of keys, some of which nobody attends to."""
+    case = drawn_cuda_case(0)
+    grid = TokenGrid(5 * 8 - 3, 3 * 16 + 2, prefix=2)
+    blocks = torch.rand(3, 8, grid.num_blocks, grid.num_blocks, device="cuda") < 0.3
+    blocks[:, :, :, 1::5] = False
+    case.query, case.key, case.value = (
+        torch.randn(3, 8, grid.num_tokens, head_dim, device="cuda", dtype=dtype) for _ in range(3)
+    )
+    case.mask, case.key_padding_mask, case.relative_position = BlockMask(blocks, grid), None, None
+    _check(case, oracle)
+
+
+@pytest.mark.usefixtures("fused", "poisoned_memory")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_keys_that_do_not_exist_never_overflow(head_dim: int) -> None:
+    """Where all logits are far below zero, the weight of a key of zeros would be infinite."""
+    grid = TokenGrid.sequence(200)
+    query = torch.full((1, 1, 200, head_dim), 5.0, device="cuda", dtype=torch.bfloat16)
+    leaves = [query.requires_grad_(), (-query).detach().requires_grad_(), torch.randn_like(query).requires_grad_()]
+    out = block_sparse_attention(*leaves, BlockMask.dense(grid, device="cuda"), backend="cuda")
+    for grad in torch.autograd.grad(out, leaves, torch.randn_like(out)):
+        assert torch.isfinite(grad).all()
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_a_thousand_runs_agree(head_dim: int) -> None:
+    grid = TokenGrid(40, 40, prefix=1)
+    mask = BlockMask(torch.rand(1, 4, grid.num_blocks, grid.num_blocks, device="cuda") < 0.5, grid)
+    leaves = [
+        torch.randn(2, 4, grid.num_tokens, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    ]
+    grad_out = torch.randn_like(leaves[0])
+    out = block_sparse_attention(*leaves, mask, backend="cuda")
+    first = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+    deviations = torch.zeros((), dtype=torch.int64, device="cuda")
+    furthest = torch.zeros((), device="cuda")
+    for _ in range(1000):
+        grads = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+        deviations += (grads[1] != first[1]).sum() + (grads[2] != first[2]).sum()
+        furthest = torch.maximum(furthest, (grads[0] - first[0]).abs().max().float())
+    assert int(deviations) == 0
+    # One rounding of the largest gradient.
+    assert furthest <= first[0].abs().max().float() * 2**-7
+
+
+def test_chosen_by_density_and_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[bool] = []
+    fuses = cuda._fuses
+    monkeypatch.setattr(cuda, "_fuses", lambda inputs: chosen.append(fuses(inputs)) or chosen[-1])
+    grid = TokenGrid(64, 64)
+    leaves = [
+        torch.randn(1, 2, grid.num_tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    ]
+
+    def step(mask: BlockMask) -> bool:
+        out = block_sparse_attention(*leaves, mask, backend="cuda")
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        torch.cuda.synchronize()
+        return chosen[-1]
+
+    dense = BlockMask.dense(grid, device="cuda")
+    sparse, half = (
+        BlockMask(torch.rand(1, 1, grid.num_blocks, grid.num_blocks, device="cuda") < density, grid)
+        for density in (0.05, 0.6)
+    )
+    assert step(dense)
+    for mask in (half, sparse):
+        step(mask)  # finds out the density
+    assert step(half)
+    assert not step(sparse)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not step(dense)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_in_a_thread_that_has_not_used_the_device() -> None:
+    """Nothing but the operator may make the device's context current there: memory comes from the allocator's cache."""
+    grid = TokenGrid.sequence(256)
+    mask = BlockMask.dense(grid, device="cuda")
+    tensors = [torch.randn(1, 2, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    expected = block_sparse_attention(*tensors, mask, backend="cuda").clone()
+    with ThreadPoolExecutor(1) as pool:
+        out = pool.submit(block_sparse_attention, *tensors, mask, backend="cuda").result()
+    assert torch.equal(out, expected)
