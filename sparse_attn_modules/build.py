@@ -39,7 +39,7 @@ _FLAGS = (
     "-DUSE_CUDA",
 )
 # The compiler then runs matrix products one after the other: the kernel is right, and several times too slow.
-_SERIALISED = re.compile(r"\(C75(12|14|15)\)")
+_SERIALISED = re.compile(r"\(C75(1[0-57])\)")
 
 _logger = logging.getLogger("sparse_attn_modules")
 

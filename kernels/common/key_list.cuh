@@ -13,11 +13,17 @@ struct QueryRow {
     int64_t list;  // row of the index lists
 };
 
+// Row of the index lists of a head's first query block.
+template <typename Params>
+__device__ __forceinline__ int64_t first_list(const Params& params, int head, int batch) {
+    return int64_t(batch) * params.list_batch_stride + int64_t(head) * params.list_head_stride;
+}
+
 // The query block that is launched as number `rank` of its head.
 template <typename Params>
 __device__ __forceinline__ QueryRow query_row(const Params& params, int rank, int head, int batch) {
     if (params.key_counts == nullptr) return {rank, 0};
-    const int64_t first = int64_t(batch) * params.list_batch_stride + int64_t(head) * params.list_head_stride;
+    const int64_t first = first_list(params, head, batch);
     const int block = params.row_order == nullptr ? rank : __ldg(&params.row_order[first + rank]);
     return {block, first + block};
 }
@@ -32,9 +38,31 @@ class KeyList {
         count = warp_uniform(loaded);
     }
 
+    // Finds the query block that is launched as number `rank`, and opens its list. Rows of equal length are launched as they
+    // are numbered; so the list of block `rank` is asked for before it is known whether it is this one.
+    template <typename Params>
+    __device__ __forceinline__ QueryRow open_row(const Params& params, int rank, int head, int batch) {
+        if (params.key_counts == nullptr) {
+            open(params, 0);
+            return {rank, 0};
+        }
+        const int64_t first = first_list(params, head, batch);
+        int block = params.row_order == nullptr ? rank : __ldg(&params.row_order[first + rank]);
+        int loaded = __ldg(&params.key_counts[first + rank]);
+        int entry = entry_of_lane(params, first + rank, 0);
+        block = warp_uniform(block);
+        if (block != rank) {
+            loaded = __ldg(&params.key_counts[first + block]);
+            entry = entry_of_lane(params, first + block, 0);
+        }
+        window_ = code_of_block(params.key_grid, entry);
+        count = warp_uniform(loaded);
+        return {block, first + block};
+    }
+
     // Called by whole warps, with `position` below count and growing by one from call to call.
     template <typename Params>
-    __device__ __forceinline__ BlockCode next(const Params& params, const int64_t& list, int position) {
+    __device__ __forceinline__ BlockCode next(const Params& params, const int64_t& list, unsigned position) {
         if (position % 32 == 0 && position > 0) read(params, list, position);
         return warp_uniform(__shfl_sync(0xffffffff, window_, position % 32));
     }
@@ -45,12 +73,14 @@ class KeyList {
     // Entries past `count` exist and are not used; reading them spares waiting for the count.
     template <typename Params>
     __device__ __forceinline__ void read(const Params& params, int64_t list, int first) {
-        const int length = params.key_grid.num_blocks;
-        int block = first + threadIdx.x % 32;
-        if (params.key_indices != nullptr) {
-            block = block < length ? __ldg(&params.key_indices[list * length + block]) : 0;
-        }
+        const int block = params.key_indices == nullptr ? first + threadIdx.x % 32 : entry_of_lane(params, list, first);
         window_ = code_of_block(params.key_grid, block);
+    }
+
+    template <typename Params>
+    static __device__ __forceinline__ int entry_of_lane(const Params& params, int64_t list, int first) {
+        const int length = params.key_grid.num_blocks, position = first + threadIdx.x % 32;
+        return position < length ? __ldg(&params.key_indices[list * length + position]) : 0;
     }
 
     BlockCode window_;

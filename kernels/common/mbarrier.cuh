@@ -13,6 +13,11 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
 
+// Before a barrier is initialised again.
+__device__ __forceinline__ void barrier_invalidate(uint64_t* barrier) {
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // A value that all lanes of the warp share, in a form the compiler knows to be shared: what is computed from it (loop
 // counters, buffer addresses, matrix descriptors) then stays in uniform registers instead of being moved there each time.
 __device__ __forceinline__ int warp_uniform(int value) { return __reduce_max_sync(0xffffffff, value); }

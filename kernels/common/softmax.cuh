@@ -1,5 +1,5 @@
 // Softmax over keys that arrive block by block: running maximum and sum of the two query rows a thread shares with the
-// other three lanes of its quad. Statistics are float32; a row that has seen no key keeps maximum -inf and sum 0.
+// other three lanes of its quad. Statistics are float32; a row that has seen no key keeps sum 0.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,6 +13,12 @@ namespace sparse_attn {
 __device__ __forceinline__ float exp2_approximate(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -46,10 +52,14 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
+// How weights are added up: in a tree, which has no chain of additions to wait for; in a chain, which keeps fewer weights in
+// registers; or not here, because the product with the values does it.
+enum class Sums { kTree, kChain, kElsewhere };
+
 struct OnlineSoftmax {
-    float maximum[2] = {-INFINITY, -INFINITY};  // of the logits before scaling
-    float sum[2] = {0.0f, 0.0f};                // of this thread's columns alone
-    float offset[2];                            // maximum, scaled; what the exponents subtract
+    static constexpr float kNoOffset = 3e38f;   // no key so far: makes weights of anything finite zero
+    float offset[2] = {kNoOffset, kNoOffset};  // maximum, scaled; what the exponents subtract
+    float sum[2] = {0.0f, 0.0f};               // of this thread's columns alone
 
     // Takes in a block's logits. What was accumulated so far must be multiplied by `rescale`.
     __device__ __forceinline__ void raise_maximum(const float (&logits)[64], float scale_log2, float (&rescale)[2]) {
@@ -60,31 +70,49 @@ struct OnlineSoftmax {
             for (int i = 1; i < 16; i++) {
                 highest = fmaxf(highest, fmaxf(logits[4 * i + 2 * row], logits[4 * i + 2 * row + 1]));
             }
-            highest = fmaxf(maximum[row], quad_maximum(highest));
+            highest = quad_maximum(highest) * scale_log2;
+            const float before = has_keys(row) ? offset[row] : -INFINITY;
+            const float raised = fmaxf(before, highest);
             // With every key so far masked, -inf - -inf would be NaN.
-            offset[row] = highest == -INFINITY ? 0.0f : highest * scale_log2;
-            rescale[row] = exp2_approximate(maximum[row] * scale_log2 - offset[row]);
-            maximum[row] = highest;
+            offset[row] = raised == -INFINITY ? kNoOffset : raised;
+            rescale[row] = exp2_approximate(before - offset[row]);
             sum[row] *= rescale[row];
         }
     }
 
+    // Whether the row has had a key that exists.
+    __device__ __forceinline__ bool has_keys(int row) const { return offset[row] != kNoOffset; }
+
     // The logits of the 16 keys of a step become weights.
+    template <Sums kSums = Sums::kChain>
     __device__ __forceinline__ void exponentiate(float (&logits)[64], float scale_log2, int step) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             float& x = logits[8 * step + i];
             x = exp2_approximate(fmaf(x, scale_log2, -offset[i / 2 % 2]));
-            sum[i / 2 % 2] += x;
+        }
+        if constexpr (kSums == Sums::kElsewhere) return;
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            const float* x = &logits[8 * step + 2 * row];
+            sum[row] = kSums == Sums::kTree ? sum[row] + ((x[0] + x[1]) + (x[4] + x[5]))
+                                            : sum[row] + x[0] + x[1] + x[4] + x[5];
         }
     }
 
-    __device__ __forceinline__ void finish(float scale, float (&inverse)[2], float (&log_sum)[2]) {
+    // From here on `sum` holds what all four lanes saw.
+    __device__ __forceinline__ void add_up_quad() {
+#pragma unroll
+        for (int row = 0; row < 2; row++) sum[row] = quad_sum(sum[row]);
+    }
+
+    // After `sum` is whole.
+    __device__ __forceinline__ void finish(float (&inverse)[2], float (&log_sum)[2]) const {
+        constexpr float kLn2 = 0.693147181f;
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            const float total = quad_sum(sum[row]);
-            inverse[row] = total > 0.0f ? __frcp_rn(total) : 0.0f;
-            log_sum[row] = total > 0.0f ? maximum[row] * scale + __logf(total) : -INFINITY;
+            inverse[row] = sum[row] > 0.0f ? reciprocal_approximate(sum[row]) : 0.0f;
+            log_sum[row] = sum[row] > 0.0f ? offset[row] * kLn2 + __logf(sum[row]) : -INFINITY;
         }
     }
 };

@@ -52,6 +52,7 @@ __device__ __forceinline__ void wgmma_wait(float (&accumulator)[kCount]) {
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FLOATS_16(d, i) FLOATS_8(d, i), FLOATS_8(d, i + 8)
 #define FLOATS_32(d, i) FLOATS_16(d, i), FLOATS_16(d, i + 16)
+#define FLOATS_36(d, i) FLOATS_32(d, i), "+f"(d[i + 32]), "+f"(d[i + 33]), "+f"(d[i + 34]), "+f"(d[i + 35])
 #define FLOATS_40(d, i) FLOATS_32(d, i), FLOATS_8(d, i + 32)
 #define FLOATS_48(d, i) FLOATS_32(d, i), FLOATS_16(d, i + 32)
 #define FLOATS_64(d, i) FLOATS_32(d, i), FLOATS_32(d, i + 32)
@@ -61,6 +62,9 @@ __device__ __forceinline__ void wgmma_wait(float (&accumulator)[kCount]) {
 #define ACCUMULATORS_32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
     "%24, %25, %26, %27, %28, %29, %30, %31"
+#define ACCUMULATORS_36 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35"
 #define ACCUMULATORS_40 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
     "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
@@ -88,8 +92,8 @@ __device__ __forceinline__ void wgmma_logits(float (&d)[64], uint64_t a, uint64_
 }
 
 // Accumulator += A B, A from registers and B from shared memory with its depth down the rows: weights times values.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void wgmma_output(float (&d)[kHeadDim / 2], const uint32_t (&a)[4], uint64_t b) {
+template <typename T, int kColumns>
+__device__ __forceinline__ void wgmma_output(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b) {
 #define WGMMA_OUTPUT(type, columns, count, a0, a1, a2, a3, descriptor) \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" ACCUMULATORS_##count "}, " \
                  "{" a0 ", " a1 ", " a2 ", " a3 "}, " descriptor ", 1, 1, 1, 1;" \
@@ -100,18 +104,20 @@ __device__ __forceinline__ void wgmma_output(float (&d)[kHeadDim / 2], const uin
     } else { \
         WGMMA_OUTPUT("f16", columns, count, __VA_ARGS__); \
     }
-    if constexpr (kHeadDim == 32) {
+    if constexpr (kColumns == 32) {
         WGMMA_OUTPUT_OF_TYPE(32, 16, "%16", "%17", "%18", "%19", "%20");
-    } else if constexpr (kHeadDim == 64) {
+    } else if constexpr (kColumns == 64) {
         WGMMA_OUTPUT_OF_TYPE(64, 32, "%32", "%33", "%34", "%35", "%36");
-    } else if constexpr (kHeadDim == 80) {
+    } else if constexpr (kColumns == 72) {
+        WGMMA_OUTPUT_OF_TYPE(72, 36, "%36", "%37", "%38", "%39", "%40");
+    } else if constexpr (kColumns == 80) {
         WGMMA_OUTPUT_OF_TYPE(80, 40, "%40", "%41", "%42", "%43", "%44");
-    } else if constexpr (kHeadDim == 96) {
+    } else if constexpr (kColumns == 96) {
         WGMMA_OUTPUT_OF_TYPE(96, 48, "%48", "%49", "%50", "%51", "%52");
-    } else if constexpr (kHeadDim == 128) {
+    } else if constexpr (kColumns == 128) {
         WGMMA_OUTPUT_OF_TYPE(128, 64, "%64", "%65", "%66", "%67", "%68");
     } else {
-        static_assert(kHeadDim == 32, "write the instruction for this number of columns above");
+        static_assert(kColumns == 32, "write the instruction for this number of columns above");
     }
 #undef WGMMA_OUTPUT_OF_TYPE
 #undef WGMMA_OUTPUT

@@ -10,10 +10,10 @@
 
 namespace sparse_attn {
 
-// Writes a warpgroup's 64 x kHeadDim accumulators into a 128-byte-swizzled tile of chunks of 64 columns. `rows` is the
+// Writes the first kHeadDim columns of a warpgroup's accumulators into a 128-byte-swizzled tile of chunks of 64 columns. `rows` is the
 // address of the warpgroup's first row in chunk 0.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void stage_rows(uint32_t rows, const float (&out)[kHeadDim / 2], const float (&factor)[2]) {
+template <typename T, int kHeadDim, int kCount>
+__device__ __forceinline__ void stage_rows(uint32_t rows, const float (&out)[kCount], const float (&factor)[2]) {
     static_assert(kHeadDim % 16 == 0, "stmatrix.x4 writes 16 columns");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const int row = 16 * warp + lane % 16;

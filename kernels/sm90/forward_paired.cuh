@@ -2,9 +2,13 @@
 //
 // A thread block computes 128 queries with two warpgroups of 64 rows, in the 128 registers per thread that let two of
 // them fit. Nothing overlaps inside a warpgroup beyond its own asynchronous products: the four warpgroups of a
-// multiprocessor hide each other's softmax, and the two of a thread block take turns at Q K^T, which keeps them out of
-// step. There is no producer warp, which would cost those registers: the warp that is last to leave a stage refills it,
-// so nobody ever waits for a stage to become free.
+// multiprocessor hide each other's softmax. There is no producer warp, which would cost those registers: the warp that is
+// last to leave a stage refills it, so nobody ever waits for a stage to become free.
+//
+// Two things are left out of the softmax. The sums of the weights come out of the product with the values, which have
+// eight more columns, of ones. And in bfloat16, whose range is that of float32, weights are relative to the maximum over
+// a row's first block of keys; maxima of later blocks are not taken. Where a sum shows that this did not do, the thread
+// block starts again and takes them all.
 #pragma once
 
 #include "../common/initial_logits.cuh"
@@ -22,6 +26,14 @@ struct PairedForward {
     static constexpr int kWarps = kThreads / 32;
     static constexpr int kStages = 2;
     static constexpr int kTileBytes = kBlockTokens * 128;
+    // Columns of ones fit behind a whole chunk of values alone.
+    static constexpr bool kSumsInProduct = kHeadDim == 64;
+    static constexpr int kColumns = kHeadDim + (kSumsInProduct ? 8 : 0);
+    static constexpr int kOnesBytes = kSumsInProduct ? 2048 : 0;  // of the 16 keys of a step, all ones: any swizzle
+    static constexpr int kValueStep = kDepthStepDownRows - (kSumsInProduct ? kDepthStepDownRows << 16 : 0);
+    static constexpr int kPartSteps = 2;  // steps of 16 keys
+    static constexpr bool kAlwaysCareful = !std::is_same_v<T, __nv_bfloat16>;
+    static constexpr float kHighestSum = 0x1p64f;  // beyond, the output might overflow
     static constexpr int kBiasBytes =
         kRelativePosition ? kBlockTokens * (kBiasTileHeight + kBiasTileWidth) * int(sizeof(T)) : 0;
 
@@ -32,6 +44,7 @@ struct PairedForward {
         alignas(1024) unsigned char query[kTileBytes];  // holds the output at the end
         alignas(1024) unsigned char key[kStages][kTileBytes];
         alignas(1024) unsigned char value[kStages][kTileBytes];
+        alignas(1024) unsigned char ones[kSumsInProduct ? kOnesBytes : 16];
         Bias bias[kStages];
         uint64_t query_full, key_full[kStages], value_full[kStages];
         unsigned warps_gone[kStages];
@@ -97,17 +110,6 @@ struct PairedForward {
         wgmma_commit();
     }
 
-    static __device__ __forceinline__ void issue_weights_value(float (&out)[kHeadDim / 2], const uint32_t (&weights)[8][4],
-                                                               int value) {
-        pin_registers(out);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 8; step++) {
-            wgmma_output<T, kHeadDim>(out, weights[step], tile_descriptor(value + step * kDepthStepDownRows));
-        }
-        wgmma_commit();
-    }
-
     // Counts this warp, which has done all its reads of the stage, as gone. Lane 0 returns how many were gone before.
     static __device__ __forceinline__ unsigned leave(Storage& storage, int stage) {
         unsigned before = 0;
@@ -121,37 +123,65 @@ struct PairedForward {
         return before;
     }
 
+    // A tile of values as operand, with the ones as its next chunk.
+    static __device__ __forceinline__ int value_operand(const Storage& storage, int stage) {
+        const unsigned char* tile = storage.value[stage];
+        return tile_down_rows(tile, int(storage.ones - tile));
+    }
+
     static __device__ __forceinline__ void run(const ForwardParams& params, Storage& storage) {
-        const int warpgroup = warp_uniform(threadIdx.x / 128);
-        KeyList keys;
-        {
-            const QueryRow row = query_row(params, blockIdx.x, blockIdx.y, blockIdx.z);
-            if (threadIdx.x == 0) prepare(params, storage);
-            keys.open(params, row.list);
+        const int warpgroup = warp_uniform(threadIdx.x / 128), warp = warp_uniform(threadIdx.x / 32);
+        prefetch_maps(params);
+        write_ones(storage);
+        init_barriers<false>(storage, warp);
+        for (bool careful = kAlwaysCareful;;) {
+            KeyList keys;
+            const QueryRow row = keys.open_row(params, blockIdx.x, blockIdx.y, blockIdx.z);
             const BlockCode query_block = warp_uniform(code_of_block(params.query_grid, row.block));
             if (threadIdx.x == 0) {
                 storage.query_block = query_block;
                 storage.key_list = row.list;
             }
+            begin(params, storage, query_block, keys, warp);
             __syncthreads();
-            begin(params, storage, query_block, keys);
+
+            OnlineSoftmax softmax;
+            float out[kColumns / 2];
+            if (keys.count > 0) barrier_wait(&storage.query_full, 0);
+            attend(params, storage, keys, softmax, out, warpgroup, careful ? keys.count : 1);
+            const bool failed = keys.count > 0 && !is_sound(softmax);
+            end(params, storage, softmax, out, warpgroup);
+            if (kAlwaysCareful) break;
+            // The output was written nevertheless, so that nobody waits for the other warpgroup before that.
+            if (warp_uniform(__syncthreads_or(failed)) == 0 || careful) break;
+            careful = true;
+            if (threadIdx.x % 128 == 0) tma_store_wait();
+            __syncthreads();
+            init_barriers<true>(storage, warp);
         }
+        if (threadIdx.x % 128 == 0) tma_store_wait_read();
+    }
 
-        OnlineSoftmax softmax;
-        float out[kHeadDim / 2];
+    // Whether the maxima over the first blocks did for this thread's rows. Where a first block has keys, a sum is at least 1.
+    static __device__ __forceinline__ bool is_sound(const OnlineSoftmax& softmax) {
+        const float *sum = softmax.sum, lowest = kMaskedKeys ? 0.0f : 0.5f;
+        return sum[0] <= kHighestSum && sum[1] <= kHighestSum && sum[0] >= lowest && sum[1] >= lowest;
+    }
+
+    // Walks over the row's keys, and takes the maximum of the first `raised` blocks.
+    static __device__ __forceinline__ void attend(const ForwardParams& params, Storage& storage, KeyList& keys,
+                                                  OnlineSoftmax& softmax, float (&out)[kColumns / 2], int warpgroup,
+                                                  int raised) {
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 2; i++) out[i] = 0.0f;
-
+        for (int i = 0; i < kColumns / 2; i++) out[i] = 0.0f;
         const int query_tile = tile_along_rows(storage.query + warpgroup * 64 * 128);
-        if (keys.count > 0) barrier_wait(&storage.query_full, 0);
-        if (warpgroup == 1 && keys.count > 0) give_turn(0);
         unsigned gone_before = 0;  // warps that had left the other stage before this one
         BlockCode key_block = keys.count > 0 ? keys.next(params, storage.key_list, 0) : 0;
         for (int i = 0; i < keys.count; i++) {
             const int stage = i % kStages;
             const uint32_t parity = (i / kStages) % 2;
             const int key_tile = tile_along_rows(storage.key[stage]);
-            const int value_tile = tile_down_rows(storage.value[stage], kTileBytes);
+            const int value_tile = value_operand(storage, stage);
 
             float logits[64];
             barrier_wait(&storage.key_full[stage], parity);
@@ -160,7 +190,6 @@ struct PairedForward {
                 if constexpr (kRelativePosition) bias = &storage.bias[stage];
                 initial_logits<T, kRelativePosition, kMaskedKeys>(logits, params, key_block, blockIdx.z, bias);
             }
-            await_turn(warpgroup);
             issue_query_key(logits, query_tile, key_tile);
             // The last warp to leave a stage refills it, in the shade of this product.
             if (i + 1 < keys.count) {
@@ -171,51 +200,93 @@ struct PairedForward {
                 }
             }
             wgmma_wait<0>(logits);
-            give_turn(warpgroup ^ 1);
-
-            float rescale[2];
-            softmax.raise_maximum(logits, params.scale_log2, rescale);
-            rescale_rows(out, rescale);
-            uint32_t weights[8][4];
-            // In halves: packing frees the registers of logits, and too few at a time would wait for the exponentials.
-#pragma unroll
-            for (int half = 0; half < 8; half += 4) {
-#pragma unroll
-                for (int step = half; step < half + 4; step++) softmax.exponentiate(logits, params.scale_log2, step);
-#pragma unroll
-                for (int step = half; step < half + 4; step++) pack_weights<T>(logits, step, weights[step]);
-            }
+            // Here, not before the product: the compiler moves no arithmetic across a wait, and would split the softmax.
             barrier_wait(&storage.value_full[stage], parity);
-            issue_weights_value(out, weights, value_tile);
+
+            bool raises = kAlwaysCareful || i < raised;
+            if constexpr (kMaskedKeys && !kAlwaysCareful) {
+                raises = raises || __any_sync(0xffffffff, !softmax.has_keys(0) || !softmax.has_keys(1));
+            }
+            if (raises) {
+                float rescale[2];
+                softmax.raise_maximum(logits, params.scale_log2, rescale);
+                rescale_rows(out, rescale);
+            }
+            // The product of one part of the keys runs while the next part's weights are made.
+            uint32_t weights[8][4];
+#pragma unroll
+            for (int part = 0; part < 8; part += kPartSteps) {
+#pragma unroll
+                for (int step = part; step < part + kPartSteps; step++) {
+                    softmax.template exponentiate<kSumsInProduct ? Sums::kElsewhere : Sums::kTree>(logits, params.scale_log2, step);
+                    pack_weights<T>(logits, step, weights[step]);
+                }
+                pin_registers(out);
+                wgmma_fence();
+#pragma unroll
+                for (int step = part; step < part + kPartSteps; step++) {
+                    wgmma_output<T, kColumns>(out, weights[step], tile_descriptor(value_tile + step * kValueStep));
+                }
+                wgmma_commit();
+            }
             wgmma_wait<0>(out);
             gone_before = leave(storage, stage);
         }
-
-        end(params, storage, softmax, out, warpgroup);
+        if constexpr (kSumsInProduct) {
+            softmax.sum[0] = out[kHeadDim / 2];
+            softmax.sum[1] = out[kHeadDim / 2 + 2];
+        } else {
+            softmax.add_up_quad();
+        }
     }
 
-    // What needs no list, while the lists are on their way.
-    static __device__ __forceinline__ void prepare(const ForwardParams& params, Storage& storage) {
-        tma_prefetch_map(&params.query.image);
-        tma_prefetch_map(&params.key.image);
-        tma_prefetch_map(&params.value.image);
-        tma_prefetch_map(&params.out.image);
-        barrier_init(&storage.query_full, 1);
-        for (int stage = 0; stage < kStages; stage++) {
-            barrier_init(&storage.key_full[stage], 1);
-            barrier_init(&storage.value_full[stage], 1);
-            storage.warps_gone[stage] = 0;
+    // Each warp makes the barrier of the load that it begins with, and so needs not wait for the others.
+    template <bool kAgain>
+    static __device__ __forceinline__ void init_barriers(Storage& storage, int warp) {
+        static_assert(1 + 2 * kStages <= kWarps, "a warp for each of the first loads");
+        uint64_t* barrier = first_barrier(storage, warp);
+        if (barrier != nullptr && threadIdx.x % 32 == 0) {
+            if (kAgain) barrier_invalidate(barrier);
+            barrier_init(barrier, 1);
+            barrier_init_fence();
         }
-        barrier_init_fence();
+        if (!kAgain && threadIdx.x < kStages) storage.warps_gone[threadIdx.x] = 0;
+        __syncwarp();
+    }
+
+    static __device__ __forceinline__ uint64_t* first_barrier(Storage& storage, int warp) {
+        if (warp == 0) return &storage.query_full;
+        const int stage = (warp - 1) / 2;
+        if (stage >= kStages) return nullptr;
+        return warp % 2 == 1 ? &storage.key_full[stage] : &storage.value_full[stage];
+    }
+
+    static __device__ __forceinline__ void prefetch_maps(const ForwardParams& params) {
+        const TensorMaps* maps[] = {&params.query, &params.key, &params.value, &params.out};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (threadIdx.x == 32 * i) tma_prefetch_map(&maps[i]->image);
+        }
+    }
+
+    static __device__ __forceinline__ void write_ones(Storage& storage) {
+        if constexpr (kSumsInProduct) {
+            const uint32_t pair = pack<T>(1.0f, 1.0f);
+            reinterpret_cast<uint2*>(storage.ones)[threadIdx.x] = make_uint2(pair, pair);
+            fence_async_proxy();
+            static_assert(kOnesBytes == kThreads * sizeof(uint2), "each thread writes 8 bytes");
+        }
     }
 
     // The first loads, each by a warp of its own: one after the other they would delay a short row noticeably.
     static __device__ __forceinline__ void begin(const ForwardParams& params, Storage& storage, BlockCode query_block,
-                                                 KeyList& keys) {
-        const int warp = warp_uniform(threadIdx.x / 32);
-        if (warp == 0 && keys.count > 0) load_query(storage, params, query_block);
+                                                 KeyList& keys, int warp) {
+        if (warp == 0) {
+            if (keys.count > 0) load_query(storage, params, query_block);
+            return;
+        }
         const int stage = (warp - 1) / 2;
-        if (warp == 0 || stage >= kStages || stage >= keys.count) return;
+        if (stage >= kStages || stage >= keys.count) return;
         const BlockCode key_block = keys.next(params, storage.key_list, stage);
         if (warp % 2 == 1) {
             load_key(storage, params, stage, query_block, key_block);
@@ -225,10 +296,10 @@ struct PairedForward {
     }
 
     static __device__ __forceinline__ void end(const ForwardParams& params, Storage& storage, OnlineSoftmax& softmax,
-                                               const float (&out)[kHeadDim / 2], int warpgroup) {
+                                               const float (&out)[kColumns / 2], int warpgroup) {
         const int head = blockIdx.y, batch = blockIdx.z;
         float inverse[2], log_sum[2];
-        softmax.finish(params.scale, inverse, log_sum);
+        softmax.finish(inverse, log_sum);
         if (params.lse != nullptr) {
             write_log_sum(params, BlockPlace(params.query_grid, storage.query_block), head, batch, query_row_of_thread(), log_sum);
         }
@@ -239,7 +310,6 @@ struct PairedForward {
         warpgroup_sync(warpgroup);
         if (threadIdx.x % 128 == 0) {
             store_rows<kHeadDim>(params, storage.query_block, head, batch, warpgroup, rows);
-            tma_store_wait_read();
         }
     }
 };

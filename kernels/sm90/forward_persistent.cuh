@@ -25,6 +25,7 @@ struct PersistentForward {
     // The warpgroups take turns at the tensor cores: each until its Q K^T is done, or, where that takes long, only until
     // it is issued.
     static constexpr bool kKeepsTurn = kHeadDim <= 96;
+    static constexpr Sums kSums = kHeadDim <= 96 ? Sums::kTree : Sums::kChain;  // ±1 % either way
     static constexpr int kChunks = (kHeadDim + 63) / 64;
     static constexpr int kChunkBytes = kBlockTokens * 128;
     static constexpr int kTileBytes = kChunks * kChunkBytes;
@@ -257,7 +258,7 @@ struct PersistentForward {
                 release_stored();
                 softmax.raise_maximum(logits, params.scale_log2, rescale);
 #pragma unroll
-                for (int step = 0; step < 8; step++) softmax.exponentiate(logits, params.scale_log2, step);
+                for (int step = 0; step < 8; step++) softmax.template exponentiate<kSums>(logits, params.scale_log2, step);
                 drop();
 #pragma unroll
                 for (int step = 0; step < 8; step++) pack_weights<T>(logits, step, weights[step]);
@@ -279,7 +280,7 @@ struct PersistentForward {
                     leave(&storage.key_free[key_stage], lane);
                     softmax.raise_maximum(logits, params.scale_log2, rescale);
 #pragma unroll
-                    for (int step = 0; step < 8; step++) softmax.exponentiate(logits, params.scale_log2, step);
+                    for (int step = 0; step < 8; step++) softmax.template exponentiate<kSums>(logits, params.scale_log2, step);
                     drop();
                     wgmma_wait<0>(out);
                     leave(&storage.value_free[value_stage], lane);
@@ -297,7 +298,8 @@ struct PersistentForward {
             }
 
             float inverse[2], log_sum[2];
-            softmax.finish(params.scale, inverse, log_sum);
+            softmax.add_up_quad();
+            softmax.finish(inverse, log_sum);
             const BlockCode query_block = from_lane_0(storage.query_block[slot]);
             if (params.lse != nullptr) {
                 write_log_sum(params, BlockPlace(params.query_grid, query_block), work.head, work.batch, query_row_of_thread(), log_sum);

@@ -250,7 +250,8 @@ struct TallForward {
             stages.advance();
 
             float inverse[2], log_sum[2];
-            softmax.finish(params.scale, inverse, log_sum);
+            softmax.add_up_quad();
+            softmax.finish(inverse, log_sum);
             const bool exists = work.half + group < 2 * params.query_grid.num_blocks;
             const Half half(params, work, group);
             if (params.lse != nullptr && exists) {

@@ -111,13 +111,14 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(before)
 
 
-def _check(case: Case) -> None:
+def _check(case: Case, tolerance: float | None = None) -> None:
     out, lse = case.run("cuda")
     again, lse_again = case.run("cuda")
     expected, expected_lse = case.run("reference", torch.float64)
-    # Plain attention in the same dtype: rounded logits, weights and sums.
-    low, _ = _plain(case)
-    tolerance = 2 * (low.double() - expected).abs().max() + 1e-5
+    if tolerance is None:
+        # Plain attention in the same dtype: rounded logits, weights and sums.
+        low, _ = _plain(case)
+        tolerance = 2 * (low.double() - expected).abs().max().item() + 1e-5
     assert torch.isfinite(out).all()
     assert (out.double() - expected).abs().max() <= tolerance
     assert torch.equal(torch.isinf(lse), torch.isinf(expected_lse))
@@ -162,6 +163,43 @@ def test_many_blocks_per_row(head_dim: int, dtype: torch.dtype) -> None:
     blocks = torch.rand(1, 2, grid.num_blocks, grid.num_blocks, device="cuda") < 0.7
     query, key, value = (torch.randn(1, 2, grid.num_tokens, head_dim, device="cuda", dtype=dtype) for _ in range(3))
     _check(Case(query, key, value, BlockMask(blocks, grid), None, None, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("side", [32, 29])  # whole tiles, ragged ones
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("growth", [-150.0, 12.0, 60.0, 300.0])
+def test_logits_that_grow_from_block_to_block(
+    dtype: torch.dtype, head_dim: int, side: int, relative: bool, growth: float
+) -> None:
+    """Weights relative to an early maximum overflow in some rows of some thread blocks, and vanish in others."""
+    torch.manual_seed(2)
+    grid = TokenGrid(side, side, tile=(8, 16))
+    tensors, mask = _simple(grid, heads=3, head_dim=head_dim)
+    query, key, value = (tensor.to(dtype) for tensor in tensors)
+    # A component that all queries have, and of which later keys have more; a third of the heads goes without.
+    rise = torch.linspace(0, growth, grid.num_tokens, device="cuda")
+    query[..., 0] = 4 * head_dim**0.5 * torch.rand(query.shape[:3], device="cuda")
+    key[..., 0] = rise / 4 * torch.tensor([1, 0.3, 0], device="cuda")[:, None]
+    bias = None
+    if relative:
+        bias = tuple(torch.randn(1, 3, grid.num_tokens, side, device="cuda", dtype=dtype) for _ in "hw")
+    _check(Case(query, key, value, mask, None, bias, None), tolerance=0.04)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_first_blocks_without_keys(head_dim: int) -> None:
+    """Padding hides the first block of keys, all but one key of the second, and what is left is far below zero."""
+    torch.manual_seed(3)
+    grid = TokenGrid(24, 32, tile=(8, 16))
+    tensors, _ = _simple(grid, head_dim=head_dim)
+    query, key, value = tensors
+    query[..., 0], key[..., 0] = 30 * head_dim**0.5, -20
+    padding = torch.zeros(1, grid.height, grid.width, dtype=torch.bool, device="cuda")
+    padding[:, :8] = True
+    padding[:, 4, 20] = False
+    _check(Case(query, key, value, BlockMask.dense(grid, device="cuda"), None, None, padding.flatten(1)), tolerance=0.04)
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-3])
