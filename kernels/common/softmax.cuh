@@ -91,12 +91,13 @@ struct OnlineSoftmax {
             float& x = logits[8 * step + i];
             x = exp2_approximate(fmaf(x, scale_log2, -offset[i / 2 % 2]));
         }
-        if constexpr (kSums == Sums::kElsewhere) return;
+        if constexpr (kSums != Sums::kElsewhere) {
 #pragma unroll
-        for (int row = 0; row < 2; row++) {
-            const float* x = &logits[8 * step + 2 * row];
-            sum[row] = kSums == Sums::kTree ? sum[row] + ((x[0] + x[1]) + (x[4] + x[5]))
-                                            : sum[row] + x[0] + x[1] + x[4] + x[5];
+            for (int row = 0; row < 2; row++) {
+                const float* x = &logits[8 * step + 2 * row];
+                sum[row] = kSums == Sums::kTree ? sum[row] + ((x[0] + x[1]) + (x[4] + x[5]))
+                                                : sum[row] + x[0] + x[1] + x[4] + x[5];
+            }
         }
     }
 
