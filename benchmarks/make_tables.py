@@ -19,6 +19,7 @@ from pathlib import Path
 import attention
 import attention_summary
 import cpu_attention
+import encoders
 import training
 from records import RESULTS, Column, Row, caption, read, table
 
@@ -40,6 +41,7 @@ TABLES = {
     "attention": Table("attention", attention.COLUMNS),
     "attention_summary": Table("attention", attention_summary.COLUMNS, attention_summary.summarize),
     "cpu_attention": Table("cpu_attention", cpu_attention.COLUMNS),
+    "encoders": Table("encoders", encoders.COLUMNS),
     "training": Table("training", training.STEP_COLUMNS, training.steps),
     "training_attention": Table("training", training.ATTENTION_COLUMNS, training.attention),
 }

@@ -73,6 +73,25 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     return record["meta"], record["rows"]
 
 
+def merge(
+    path: Path, meta: dict[str, Any], rows: Sequence[Row], keys: Sequence[str]
+) -> tuple[dict[str, Any], list[Row]]:
+    """A record that adds rows to those of a file, if that was made on the same device, versions and commit.
+
+    Args:
+        path: the file; need not exist.
+        meta, rows: what was measured now.
+        keys: what tells rows apart. A row of the file with the same values of these is replaced.
+    """
+    if not path.exists():
+        return meta, list(rows)
+    before, kept = read(path)
+    if any(before.get(key) != meta.get(key) for key in _REQUIRED_META if key != "date"):
+        return meta, list(rows)
+    new = {tuple(row.get(key) for key in keys) for row in rows}
+    return meta, [*(row for row in kept if tuple(row.get(key) for key in keys) not in new), *rows]
+
+
 def caption(meta: dict[str, Any]) -> str:
     """What a reader must know of a measurement, in one line."""
     parts = [meta["device"], f"torch {meta['torch']}"]

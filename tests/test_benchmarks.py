@@ -220,14 +220,16 @@ def test_the_record_of_training(tmp_path):
         ("ours", 0.5),
     ]
     assert [(row["implementation"], row["density"]) for row in alone] == [
-        ("sdpa_bias", 1.0),
+        ("sdpa_bias, heads first", 1.0),
+        ("sdpa_bias, tokens first", 1.0),
         ("ours", 1.0),
         ("ours", 0.25),
     ]
     for row in whole:
         assert row["speedup"] == pytest.approx(whole[0]["step_ms"] / row["step_ms"], abs=1e-3)
+    fastest = min(row["fwd_bwd_ms"] for row in alone[:2])
     for row in alone:
-        assert row["speedup"] == row["speedup_over_eager"] > 0
+        assert row["speedup"] == pytest.approx(fastest / row["fwd_bwd_ms"], abs=1e-3)
     assert records.table(whole, STEP_COLUMNS) in done.stdout
     assert records.table(alone, ATTENTION_COLUMNS) in done.stdout
 
@@ -241,3 +243,38 @@ def test_the_variants_of_training_compute_the_same():
     tensors = [torch.randn(2, 3, grid.num_tokens, width) for width in (8, 8, 8, grid.height, grid.width)]
     expected = training._with_bias_written_out(*tensors)
     torch.testing.assert_close(training._ours(BlockMask.dense(grid), *tensors), expected)
+
+
+def test_the_record_of_encoders_is_added_to(tmp_path):
+    path = tmp_path / "encoders-cpu.json"
+    command = [sys.executable, BENCHMARKS / "encoders.py", "--models", "sam_b", "--sizes", "64", "--batch", "2"]
+    command += ["--device", "cpu", "--modes", "eager", "--rounds", "1", "--out", path, "--implementations"]
+    for implementations in (["stock"], ["sdpa_bias", "ours", "ours_0.5", "no_attention"]):
+        done = subprocess.run([*command, *implementations], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    import encoders
+    import plot_encoders
+    import records
+
+    meta, rows = records.read(path)
+    titles = ["as shipped", "SDPA, bias written out", "ours, exact", "ours, density 0.5", "no attention"]
+    assert [encoders.title(row) for row in rows] == titles
+    assert [row["cosine"] for row in rows[:4]] == pytest.approx([1] * 4, abs=1e-5)  # too few tiles to skip any
+    assert rows[4]["cosine"] < 0.99
+    assert all(row["ms"] > 0 and row["peak_gib"] > 0 for row in rows)
+    plot_encoders.draw(rows, records.caption(meta), tmp_path / "encoders.svg")
+    assert (tmp_path / "encoders.svg").stat().st_size > 10000
+
+
+def test_records_of_another_commit_are_not_added_to(tmp_path):
+    import records
+
+    path, keys = tmp_path / "encoders-cpu.json", ("model", "mode")
+    old, new = {"model": "a", "mode": "eager", "ms": 1.0}, {"model": "a", "mode": "compiled", "ms": 2.0}
+    assert records.merge(path, META, [old], keys) == (META, [old])
+    records.write(path, META, [old])
+    assert records.merge(path, META, [new], keys)[1] == [old, new]
+    assert records.merge(path, META, [{**old, "ms": 3.0}], keys)[1] == [{**old, "ms": 3.0}]
+    later = {**META, "date": "2026-01-03T00:00:00"}
+    assert records.merge(path, later, [new], keys) == (later, [old, new])
+    assert records.merge(path, {**META, "git": "other"}, [new], keys)[1] == [new]
