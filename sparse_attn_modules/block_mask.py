@@ -231,7 +231,7 @@ class BlockMask:
             elif name.startswith("key"):
                 self._lists["key_counts"], self._lists["key_indices"] = _index_lists(self.blocks)
             else:
-                self._lists["query_counts"], self._lists["query_indices"] = _index_lists(self.blocks.mT.contiguous())
+                self._lists["query_counts"], self._lists["query_indices"] = _index_lists(self.blocks.mT)
             found = self._lists[name]
         return found
 

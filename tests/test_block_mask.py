@@ -174,3 +174,11 @@ def test_split_means_the_same_in_smaller_blocks(tile, finer):
 def test_split_refuses_tiles_that_do_not_divide():
     with pytest.raises(ValueError, match=r"BlockMask.split: tiles must divide \(2, 4\), got \(2, 3\)"):
         random_mask().split((2, 3), (3, 2))
+
+
+def test_lists_are_contiguous_whatever_the_strides_of_the_blocks():
+    grid, other = TokenGrid(16, 16, tile=(4, 4)), TokenGrid(12, 16, tile=(4, 4))
+    blocks = torch.rand(2, 3, other.num_blocks, grid.num_blocks).transpose(-1, -2) < 0.5
+    mask = BlockMask(blocks, grid, other)
+    for name in ("key_counts", "key_indices", "query_counts", "query_indices", "row_order"):
+        assert getattr(mask, name).is_contiguous(), name

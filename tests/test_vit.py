@@ -1,6 +1,7 @@
 """ViTSparseAttention against the layers of timm that it replaces, in float64."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -382,3 +383,19 @@ def test_grid_and_dimensions_are_checked():
 def test_compute_dtype_on_the_meta_device():
     layer = ViTSparseAttention(16, 2, compute_dtype=torch.bfloat16).to("meta")
     assert layer(torch.empty(1, 9, 16, device="meta")).shape == (1, 9, 16)
+
+
+def test_threads_share_a_layer_while_masks_come_and_go():
+    layer = ViTSparseAttention(16, num_heads=2, pattern=LocalWindow(density=0.5))
+    grids = [TokenGrid(height, 16, tile=(2, 4)) for height in range(2, 26)]
+    device = torch.device("cpu")
+
+    def walk(start):
+        for step in range(300):
+            grid = grids[(start + step) % len(grids)]
+            assert layer.block_mask(grid, 2, device).query_grid == grid
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(walk, range(0, 24, 6)))
+    assert len(layer.kept_masks) <= 8

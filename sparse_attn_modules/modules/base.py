@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from ..patterns.traced import LISTS, register_for_tracing, traced_mask
 from ..token_grid import TokenGrid
 
 _MAX_MASKS = 8  # kept per layer: more than the image sizes of one training run, less than a leak
+_keeping = threading.Lock()  # of all layers: a layer that held one could not be copied
 
 
 class SparseAttention(nn.Module):
@@ -64,8 +66,9 @@ class SparseAttention(nn.Module):
         key_grid = query_grid if key_grid is None else key_grid
         # Compiled code asks for one name, so that masks for other geometries may come and go.
         name = _mask_name(query_grid, key_grid, device)
-        if name in self._masks:
-            return self._masks[name]
+        kept = self._masks.get(name)
+        if kept is not None:
+            return kept
         if torch.compiler.is_compiling():
             return traced_mask(self._pattern_name, query_grid, key_grid, num_heads, device)
         mask = self.pattern.mask(query_grid, num_heads, key_grid=key_grid, device=device)
@@ -83,14 +86,17 @@ class SparseAttention(nn.Module):
         Compiled code takes a kept mask as a tensor like any other: it runs on, without being compiled again, when a new
         pattern is assigned and its masks for the same geometries are kept before the next call.
         """
+        masks = list(masks)
         for mask in masks:
-            name = _mask_name(mask.query_grid, mask.key_grid, mask.device)
-            self._masks.pop(name, None)
-            self._masks[name] = mask
             for part in (mask.blocks, *(getattr(mask, list_name) for list_name in LISTS)):
                 _mark_static(part)
-        while len(self._masks) > _MAX_MASKS:
-            del self._masks[next(iter(self._masks))]
+        with _keeping:
+            for mask in masks:
+                name = _mask_name(mask.query_grid, mask.key_grid, mask.device)
+                self._masks.pop(name, None)
+                self._masks[name] = mask
+            while len(self._masks) > _MAX_MASKS:
+                del self._masks[next(iter(self._masks))]
 
     def attend(
         self,

@@ -199,7 +199,9 @@ def test_first_blocks_without_keys(head_dim: int) -> None:
     padding = torch.zeros(1, grid.height, grid.width, dtype=torch.bool, device="cuda")
     padding[:, :8] = True
     padding[:, 4, 20] = False
-    _check(Case(query, key, value, BlockMask.dense(grid, device="cuda"), None, None, padding.flatten(1)), tolerance=0.04)
+    _check(
+        Case(query, key, value, BlockMask.dense(grid, device="cuda"), None, None, padding.flatten(1)), tolerance=0.04
+    )
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-3])
