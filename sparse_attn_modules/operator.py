@@ -1,4 +1,10 @@
-"""The torch operators behind ``block_sparse_attention``: schema, fake kernels, autograd, dispatch to a backend."""
+"""The torch operators behind ``block_sparse_attention``: schema, fake kernels, autograd, dispatch to a backend.
+
+A call through the dispatcher and ``torch.library``'s autograd takes several times as long on the host as a small kernel
+on the device. Eager calls that nobody watches therefore go to the backend directly, in training from a function of
+autograd. What traces, intercepts or transforms operators takes the way through the operator, and so does a backward
+pass that shall be differentiable.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .autocast import is_autocast_on, without_autocast
 from .backends import BACKENDS, AttentionInputs
-from .backends.interface import empty_tokens_before_heads, tokens_before_heads
+from .backends.interface import AttentionGradients, empty_tokens_before_heads, tokens_before_heads
 from .token_grid import TokenGrid
 
 _INPUTS = (
@@ -34,32 +40,94 @@ def attention_forward(
     inputs: AttentionInputs, backend: str, with_lse: bool, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Output and, if asked for, log-sum-exp: through the operator wherever somebody may be watching."""
-    if not needs_grad and type(inputs.query) is Tensor and not _is_watched():
-        # Eager inference. The dispatcher and its wrappers would take longer than a small kernel.
-        return _run(inputs, backend, with_lse)
-    tensors = [getattr(inputs, name) for name in _TENSORS]
-    grids = inputs.query_grid.pack(), inputs.key_grid.pack()
-    out, lse = torch.ops.sparse_attn_modules.attention_forward.default(
-        *tensors, *grids, inputs.scale, inputs.dropout_p, inputs.is_dense, backend, with_lse
-    )
+    if not _is_watched(inputs.query):
+        if not needs_grad:
+            return _run_forward(inputs, backend, with_lse)
+        saved, others = _split(inputs)
+        return _EagerAttention.apply(*saved, others, backend)
+    out, lse = torch.ops.sparse_attn_modules.attention_forward.default(*_arguments(inputs, backend), with_lse)
     return out, lse if with_lse else None
 
 
-def _is_watched() -> bool:
-    """Whether something traces, intercepts or transforms operators."""
+def _is_watched(query: Tensor) -> bool:
+    """Whether something traces, intercepts or transforms operators on this tensor."""
     return (
-        torch.compiler.is_compiling()
+        type(query) is not Tensor
+        or torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
-def _run(inputs: AttentionInputs, backend: str, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _run_forward(inputs: AttentionInputs, backend: str, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     device_type = inputs.query.device.type
     if not is_autocast_on(device_type):
         return BACKENDS[backend].forward(inputs, with_lse)
     with without_autocast(device_type):
         return BACKENDS[backend].forward(inputs, with_lse)
+
+
+def _run_backward(
+    inputs: AttentionInputs, backend: str, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> AttentionGradients:
+    with without_autocast(inputs.query.device.type):
+        return BACKENDS[backend].backward(inputs, grad_out, grad_lse, out, lse)
+
+
+# What autograd must save: it then sees that a caller changed one in between. The masks' lists nobody may change.
+_SAVED = ("query", "key", "value", "rel_h", "rel_w", "key_padding_mask")
+
+
+class _EagerAttention(torch.autograd.Function):
+    """``apply(*saved, others, backend) -> (out, lse)``, with the inputs as :func:`_split` gives them."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        *saved, others, backend = arguments
+        out, lse = _run_forward(AttentionInputs(**dict(zip(_SAVED, saved)), **others), backend, with_lse=True)
+        ctx.save_for_backward(*saved, out, lse)
+        ctx.others, ctx.backend = others, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse = grad_outputs
+        *saved, out, lse = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * (len(_SAVED) + 2)
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        inputs = AttentionInputs(**dict(zip(_SAVED, saved)), **ctx.others)
+        # A backward pass that shall be differentiable must say that it is not: the operator does.
+        through_operator = torch.is_grad_enabled() or _is_watched(out) or _is_watched(grad_out)
+        run = _backward_operator if through_operator else _run_backward
+        grads = run(inputs, ctx.backend, grad_out, grad_lse, out, lse)
+        return grads.query, grads.key, grads.value, grads.rel_h, grads.rel_w, None, None, None
+
+
+def _split(inputs: AttentionInputs) -> tuple[list[Tensor | None], dict[str, Any]]:
+    """The inputs that autograd saves, and the others by name."""
+    others = dict(vars(inputs))
+    return [others.pop(name) for name in _SAVED], others
+
+
+def _backward_operator(
+    inputs: AttentionInputs, backend: str, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> AttentionGradients:
+    """The gradients, through the operator."""
+    *grads, grad_rel_h, grad_rel_w = torch.ops.sparse_attn_modules.attention_backward.default(
+        *_arguments(inputs, backend), grad_out, grad_lse, out, lse
+    )
+    relative = (None, None) if inputs.rel_h is None else (grad_rel_h, grad_rel_w)
+    return AttentionGradients(*grads, *relative)
+
+
+def _arguments(inputs: AttentionInputs, backend: str) -> tuple[Any, ...]:
+    """The operator's arguments."""
+    tensors = [getattr(inputs, name) for name in _TENSORS]
+    grids = inputs.query_grid.pack(), inputs.key_grid.pack()
+    return *tensors, *grids, inputs.scale, inputs.dropout_p, inputs.is_dense, backend
 
 
 # Checking the numbers of a grid at every call would take longer than a launch.
@@ -80,7 +148,7 @@ def _inputs(arguments: tuple[Any, ...]) -> tuple[AttentionInputs, str]:
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *operands, with_lse = arguments
     inputs, backend = _inputs(tuple(operands))
-    out, lse = _run(inputs, backend, with_lse)
+    out, lse = _run_forward(inputs, backend, with_lse)
     return out, inputs.query.new_empty(0, dtype=inputs.statistics_dtype) if lse is None else lse
 
 
@@ -88,8 +156,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     *operands, grad_out, grad_lse, out, lse = arguments
     inputs, backend = _inputs(tuple(operands))
-    with without_autocast(inputs.query.device.type):
-        grads = BACKENDS[backend].backward(inputs, grad_out, grad_lse, out, lse)
+    grads = _run_backward(inputs, backend, grad_out, grad_lse, out, lse)
     relative = (grads.rel_h, grads.rel_w)
     return (
         *(tokens_before_heads(grad) for grad in (grads.query, grads.key, grads.value)),

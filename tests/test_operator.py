@@ -261,3 +261,24 @@ def test_two_threads_agree_with_one():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_eager_training_saves_what_callers_may_change():
+    query = torch.randn(1, 2, GRID.num_tokens, 8, requires_grad=True)
+    padding = torch.zeros(1, GRID.num_tokens, dtype=torch.bool)
+    mask = Random(0.5).mask(GRID, 2)
+    out = block_sparse_attention(query, query, query, mask, key_padding_mask=padding, backend="gathered")
+    padding[:, 0] = True
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_eager_training_goes_through_hooks_on_saved_tensors():
+    query = torch.randn(1, 2, GRID.num_tokens, 8, requires_grad=True)
+    mask = Random(0.5).mask(GRID, 2)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or len(packed) - 1, packed.__getitem__):
+        out = block_sparse_attention(query, query * 2, query * 3, mask, backend="gathered")
+    assert any(tensor.shape == query.shape and torch.equal(tensor, query * 3) for tensor in packed)
+    out.sum().backward()
+    assert query.grad.isfinite().all()
