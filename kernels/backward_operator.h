@@ -130,7 +130,7 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     if (key_padding_mask.has_value()) check_shape("key_padding_mask", *key_padding_mask, {batch, key_tokens});
     check_contiguous("key_padding_mask", key_padding_mask);
     params.key_padding = pointer<uint8_t>(key_padding_mask);
-    params.mask_keys = params.key_padding != nullptr || ragged_blocks(params.key_grid) > 0;
+    params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
     params.dropout = dropout_params(dropout_seed, dropout_p);
 
     if (grad_query_sums.has_value()) {

@@ -4,7 +4,6 @@
 #include "backward_operator.h"
 #include "operator_arguments.h"
 #include "params.h"
-#include "sm90/forward_choice.h"
 #include "sm90/launch.h"
 #include "tensor_maps.h"
 
@@ -59,9 +58,7 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
 
     const int32_t device = query.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    params.half_blocks =
-        !rel_h.has_value() && !dropout_seed.has_value() && tall_is_faster(params, int(head_dim), device);
-    params.query = encode_tokens("query", query, params.query_grid, 64, true, params.half_blocks ? 2 : 1);
+    params.query = encode_tokens("query", query, params.query_grid, 64, true);
     params.key = encode_tokens("key", key, params.key_grid, 64, true);
     params.value = encode_tokens("value", value, params.key_grid, 64, true);
     params.out = encode_tokens("out", out, params.query_grid, 64, true, 2);
@@ -78,7 +75,7 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     if (key_padding_mask.has_value()) check_shape("key_padding_mask", *key_padding_mask, {batch, key_tokens});
     check_contiguous("key_padding_mask", key_padding_mask);
     params.key_padding = pointer<uint8_t>(key_padding_mask);
-    params.masked_key_blocks = params.key_padding != nullptr ? params.key_grid.num_blocks : ragged_blocks(params.key_grid);
+    params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
     params.lse = pointer<float>(lse);
     params.dropout = dropout_params(dropout_seed, dropout_p);
 

@@ -47,12 +47,9 @@ inline GridParams grid_params(const char* name, const std::vector<int64_t>& grid
     return params;
 }
 
-// Blocks with fewer tokens than slots.
-inline int ragged_blocks(const GridParams& grid) {
-    const int rows = grid.tile_columns ? grid.tile_blocks / grid.tile_columns : 0;
-    const bool last_row = grid.height % grid.tile_height != 0, last_column = grid.width % grid.tile_width != 0;
-    return (grid.prefix % kBlockTokens != 0) + (grid.suffix % kBlockTokens != 0) +
-           (last_row ? grid.tile_columns : 0) + (last_column ? rows : 0) - (last_row && last_column);
+inline bool has_ragged_blocks(const GridParams& grid) {
+    return grid.prefix % kBlockTokens || grid.suffix % kBlockTokens || grid.height % grid.tile_height ||
+           grid.width % grid.tile_width;
 }
 
 inline int64_t tokens(const GridParams& grid) { return grid.prefix + int64_t(grid.height) * grid.width + grid.suffix; }

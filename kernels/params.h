@@ -33,8 +33,7 @@ struct DropoutParams {
 };
 
 struct ForwardParams {
-    TensorMaps query;         // box: 64 of head_dim x one block, or half of one if half_blocks
-    TensorMaps key, value;    // box: 64 of head_dim x one block
+    TensorMaps query, key, value;  // box: 64 of head_dim x one block
     TensorMaps out;           // box: 64 of head_dim x half a block, what one warpgroup writes
     TensorMaps rel_h, rel_w;  // [B, Hq, Nq, Kh], [B, Hq, Nq, Kw]; box: one tile height (width) x one block of queries
 
@@ -53,8 +52,7 @@ struct ForwardParams {
     float scale;       // of the logits
     float scale_log2;  // scale * log2(e): the exponentials are powers of two
     float inverse_scale;
-    bool half_blocks;       // the kernel that will run takes queries by half blocks
-    int masked_key_blocks;  // with absent keys: ragged tiles, extra tokens, padding
+    bool mask_keys;    // some key block has absent keys: ragged tiles, extra tokens, padding
     DropoutParams dropout;
 };
 

@@ -38,8 +38,8 @@ class KeyList {
         count = warp_uniform(loaded);
     }
 
-    // Finds the query block that is launched as number `rank`, and opens its list. Rows of equal length are launched as they
-    // are numbered; so the list of block `rank` is asked for before it is known whether it is this one.
+    // Finds the query block that is launched as number `rank`, and opens its list. Rows of equal length are launched as
+    // they are numbered; so the list of block `rank` is asked for before it is known whether it is this one.
     template <typename Params>
     __device__ __forceinline__ QueryRow open_row(const Params& params, int rank, int head, int batch) {
         if (params.key_counts == nullptr) {

@@ -52,8 +52,8 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// How weights are added up: in a tree, which has no chain of additions to wait for; in a chain, which keeps fewer weights in
-// registers; or not here, because the product with the values does it.
+// How weights are added up: in a tree, which has no chain of additions to wait for; in a chain, which keeps fewer weights
+// in registers; or not here, because the product with the values does it.
 enum class Sums { kTree, kChain, kElsewhere };
 
 struct OnlineSoftmax {

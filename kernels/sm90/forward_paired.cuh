@@ -28,10 +28,11 @@ struct PairedForward {
     static constexpr int kTileBytes = kBlockTokens * 128;
     // Columns of ones fit behind a whole chunk of values alone.
     static constexpr bool kSumsInProduct = kHeadDim == 64;
+    static constexpr Sums kSums = kSumsInProduct ? Sums::kElsewhere : Sums::kTree;
     static constexpr int kColumns = kHeadDim + (kSumsInProduct ? 8 : 0);
     static constexpr int kOnesBytes = kSumsInProduct ? 2048 : 0;  // of the 16 keys of a step, all ones: any swizzle
     static constexpr int kValueStep = kDepthStepDownRows - (kSumsInProduct ? kDepthStepDownRows << 16 : 0);
-    static constexpr int kPartSteps = 2;  // steps of 16 keys
+    static constexpr int kPartSteps = kSumsInProduct ? 2 : 4;  // steps of 16 keys; sums take registers
     static constexpr bool kAlwaysCareful = !std::is_same_v<T, __nv_bfloat16>;
     static constexpr float kHighestSum = 0x1p64f;  // beyond, the output might overflow
     static constexpr int kBiasBytes =
@@ -162,7 +163,7 @@ struct PairedForward {
         if (threadIdx.x % 128 == 0) tma_store_wait_read();
     }
 
-    // Whether the maxima over the first blocks did for this thread's rows. Where a first block has keys, a sum is at least 1.
+    // Whether the maxima over the first blocks did for this thread's rows. A sum is at least 1 where a first block has keys.
     static __device__ __forceinline__ bool is_sound(const OnlineSoftmax& softmax) {
         const float *sum = softmax.sum, lowest = kMaskedKeys ? 0.0f : 0.5f;
         return sum[0] <= kHighestSum && sum[1] <= kHighestSum && sum[0] >= lowest && sum[1] >= lowest;
@@ -200,7 +201,7 @@ struct PairedForward {
                 }
             }
             wgmma_wait<0>(logits);
-            // Here, not before the product: the compiler moves no arithmetic across a wait, and would split the softmax.
+            // Here, not before the product: the compiler puts packing behind a wait, and would split the softmax.
             barrier_wait(&storage.value_full[stage], parity);
 
             bool raises = kAlwaysCareful || i < raised;
@@ -218,7 +219,7 @@ struct PairedForward {
             for (int part = 0; part < 8; part += kPartSteps) {
 #pragma unroll
                 for (int step = part; step < part + kPartSteps; step++) {
-                    softmax.template exponentiate<kSumsInProduct ? Sums::kElsewhere : Sums::kTree>(logits, params.scale_log2, step);
+                    softmax.template exponentiate<kSums>(logits, params.scale_log2, step);
                     pack_weights<T>(logits, step, weights[step]);
                 }
                 pin_registers(out);
@@ -301,7 +302,8 @@ struct PairedForward {
         float inverse[2], log_sum[2];
         softmax.finish(inverse, log_sum);
         if (params.lse != nullptr) {
-            write_log_sum(params, BlockPlace(params.query_grid, storage.query_block), head, batch, query_row_of_thread(), log_sum);
+            const BlockPlace place(params.query_grid, storage.query_block);
+            write_log_sum(params, place, head, batch, query_row_of_thread(), log_sum);
         }
         unsigned char* rows = storage.query + warpgroup * 64 * 128;
         warpgroup_sync(warpgroup);

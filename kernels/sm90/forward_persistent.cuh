@@ -258,7 +258,9 @@ struct PersistentForward {
                 release_stored();
                 softmax.raise_maximum(logits, params.scale_log2, rescale);
 #pragma unroll
-                for (int step = 0; step < 8; step++) softmax.template exponentiate<kSums>(logits, params.scale_log2, step);
+                for (int step = 0; step < 8; step++) {
+                    softmax.template exponentiate<kSums>(logits, params.scale_log2, step);
+                }
                 drop();
 #pragma unroll
                 for (int step = 0; step < 8; step++) pack_weights<T>(logits, step, weights[step]);
@@ -280,7 +282,9 @@ struct PersistentForward {
                     leave(&storage.key_free[key_stage], lane);
                     softmax.raise_maximum(logits, params.scale_log2, rescale);
 #pragma unroll
-                    for (int step = 0; step < 8; step++) softmax.template exponentiate<kSums>(logits, params.scale_log2, step);
+                    for (int step = 0; step < 8; step++) {
+                        softmax.template exponentiate<kSums>(logits, params.scale_log2, step);
+                    }
                     drop();
                     wgmma_wait<0>(out);
                     leave(&storage.value_free[value_stage], lane);
@@ -302,7 +306,8 @@ struct PersistentForward {
             softmax.finish(inverse, log_sum);
             const BlockCode query_block = from_lane_0(storage.query_block[slot]);
             if (params.lse != nullptr) {
-                write_log_sum(params, BlockPlace(params.query_grid, query_block), work.head, work.batch, query_row_of_thread(), log_sum);
+                const BlockPlace place(params.query_grid, query_block);
+                write_log_sum(params, place, work.head, work.batch, query_row_of_thread(), log_sum);
             }
             release_stored();
             warpgroup_sync(warpgroup);

@@ -5,7 +5,6 @@
 
 #include "forward_paired.cuh"
 #include "forward_persistent.cuh"
-#include "forward_tall.cuh"
 #include "launch.h"
 #include "launch_device.cuh"
 
@@ -36,13 +35,6 @@ cudaError_t launch_persistent(const ForwardParams& params, int device, cudaStrea
 
 template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys>
 cudaError_t launch_variant(const ForwardParams& params, int device, cudaStream_t stream) {
-    if constexpr (kHeadDim == 64 && !kRelativePosition) {
-        using Tall = TallForward<T, kHeadDim, kMaskedKeys>;
-        if (params.half_blocks) {
-            return launch_kernel<Tall>(forward_tall<T, kHeadDim, kMaskedKeys>, one_each(Tall::work_count(params), device),
-                                       params, device, stream);
-        }
-    }
     if constexpr (kHeadDim <= 64) {
         const dim3 blocks(params.query_grid.num_blocks, params.query_heads, params.batch);
         return launch_kernel<PairedForward<T, kHeadDim, kRelativePosition, kMaskedKeys>>(
@@ -59,10 +51,10 @@ cudaError_t launch_forward(const ForwardParams& params, bool relative_position, 
                                  : launch_persistent<T, kHeadDim, false, true, true>(params, device, stream);
     }
     if (relative_position) {
-        return params.masked_key_blocks > 0 ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
+        return params.mask_keys ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
                                             : launch_variant<T, kHeadDim, true, false>(params, device, stream);
     }
-    return params.masked_key_blocks > 0 ? launch_variant<T, kHeadDim, false, true>(params, device, stream)
+    return params.mask_keys ? launch_variant<T, kHeadDim, false, true>(params, device, stream)
                                         : launch_variant<T, kHeadDim, false, false>(params, device, stream);
 }
 
