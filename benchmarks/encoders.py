@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cpu_attention import peak_mib
 from encoder_models import ENCODERS, IMPLEMENTATIONS, Encoder, Implementation, load, photographs, sharing_parameters
 from records import Column, Row, environment, merge, result_path, table, write
 from torch import Tensor, nn
 
 from sparse_attn_modules import patch_report
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from resident_memory import ResidentMemory
 
 MODES = ("eager", "compiled", "graphs")
 KEYS = ("model", "image_size", "batch", "implementation", "mode", "density")
@@ -165,9 +167,11 @@ class Case:
         return begin.elapsed_time(end)
 
     def peak_gib(self, variant: Variant, images: Tensor) -> float:
-        """The most memory held during a call: on a GPU with the weights, else that of the call's own tensors."""
+        """The most memory held during a call: on a GPU with the weights, else what the process grew by."""
         if self.device.type != "cuda":
-            return peak_mib(lambda: self.run(variant, images)) / 2**10
+            with ResidentMemory() as memory:
+                self.run(variant, images)
+            return memory.peak_mib / 2**10
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         self.run(variant, images)
