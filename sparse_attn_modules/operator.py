@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .autocast import is_autocast_on, without_autocast
 from .backends import BACKENDS, AttentionInputs
 from .backends.interface import AttentionGradients, empty_tokens_before_heads, tokens_before_heads
 from .token_grid import TokenGrid
+from .tracing import is_watched
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor blocks, Tensor key_counts, Tensor key_indices, Tensor row_order, "
@@ -40,23 +40,13 @@ def attention_forward(
     inputs: AttentionInputs, backend: str, with_lse: bool, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Output and, if asked for, log-sum-exp: through the operator wherever somebody may be watching."""
-    if not _is_watched(inputs.query):
+    if not is_watched() and type(inputs.query) is Tensor:
         if not needs_grad:
             return _run_forward(inputs, backend, with_lse)
         saved, others = _split(inputs)
         return _EagerAttention.apply(*saved, others, backend)
     out, lse = torch.ops.sparse_attn_modules.attention_forward.default(*_arguments(inputs, backend), with_lse)
     return out, lse if with_lse else None
-
-
-def _is_watched(query: Tensor) -> bool:
-    """Whether something traces, intercepts or transforms operators on this tensor."""
-    return (
-        type(query) is not Tensor
-        or torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 def _run_forward(inputs: AttentionInputs, backend: str, with_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -100,7 +90,7 @@ class _EagerAttention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         inputs = AttentionInputs(**dict(zip(_SAVED, saved)), **ctx.others)
         # A backward pass that shall be differentiable must say that it is not: the operator does.
-        through_operator = torch.is_grad_enabled() or _is_watched(out) or _is_watched(grad_out)
+        through_operator = torch.is_grad_enabled() or is_watched() or type(grad_out) is not Tensor
         run = _backward_operator if through_operator else _run_backward
         grads = run(inputs, ctx.backend, grad_out, grad_lse, out, lse)
         return grads.query, grads.key, grads.value, grads.rel_h, grads.rel_w, None, None, None

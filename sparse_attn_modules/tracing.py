@@ -1,4 +1,4 @@
-"""Whether somebody watches operators: then they must go through the dispatcher, which eager inference can skip."""
+"""Whether somebody watches operators: then they must go through the dispatcher, which eager calls can skip."""
 
 from __future__ import annotations
 

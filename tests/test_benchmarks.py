@@ -162,9 +162,9 @@ def test_one_table_for_each_device_of_any_script(tmp_path):
     import make_tables
     import records
 
-    records.write(tmp_path / "encoders-a100.json", {**META, "device": "A100"}, [{"model": "vit", "ms": 2.0}])
-    records.write(tmp_path / "encoders-h200.json", {**META, "device": "H200"}, [{"model": "vit", "ms": 1.0}])
-    text = make_tables.fill("<!-- table: encoders -->\n<!-- end -->", tmp_path)
+    records.write(tmp_path / "latency-a100.json", {**META, "device": "A100"}, [{"model": "vit", "ms": 2.0}])
+    records.write(tmp_path / "latency-h200.json", {**META, "device": "H200"}, [{"model": "vit", "ms": 1.0}])
+    text = make_tables.fill("<!-- table: latency -->\n<!-- end -->", tmp_path)
     assert text.index("A100") < text.index("H200")
     assert text.count("| model |  ms |") == 2
 
