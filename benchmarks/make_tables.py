@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import attention
+import attention_backward
 import attention_summary
 import cpu_attention
 import encoders
@@ -39,6 +40,7 @@ class Table:
 # A name that is not here is that of a script, and becomes a table of all the keys in its records.
 TABLES = {
     "attention": Table("attention", attention.COLUMNS),
+    "attention_backward": Table("attention_backward", attention_backward.COLUMNS),
     "attention_summary": Table("attention", attention_summary.COLUMNS, attention_summary.summarize),
     "cpu_attention": Table("cpu_attention", cpu_attention.COLUMNS),
     "encoders": Table("encoders", encoders.COLUMNS),
