@@ -34,7 +34,7 @@ def environment(device: torch.device | str = "cpu", **more: Any) -> dict[str, An
         "device": torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if is_cuda else None,
-        "git": _commit(),
+        "git": commit_of(Path(sparse_attn_modules.__file__).parent),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
@@ -159,9 +159,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """The commit of the package that is measured, with ``-dirty`` where tracked files differ from it."""
-    folder = Path(sparse_attn_modules.__file__).parent
+def commit_of(folder: Path) -> str | None:
+    """The commit a folder is at, ``-dirty`` if tracked files other than records differ from it; None without git."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
@@ -169,6 +168,7 @@ def _commit() -> str | None:
 
     try:
         commit = git("rev-parse", "HEAD")
-        return commit + "-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude,glob)**/results/**")
+        return commit + "-dirty" if changed else commit
     except (OSError, subprocess.CalledProcessError):
         return None

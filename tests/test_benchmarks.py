@@ -33,6 +33,27 @@ def record(tmp_path_factory):
     return path, done.stdout
 
 
+def test_a_record_written_before_does_not_make_a_commit_dirty(tmp_path):
+    import records
+
+    def git(*arguments):
+        author = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *author, *arguments], check=True, capture_output=True)
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "package").mkdir()
+    code, record = tmp_path / "package" / "code.py", tmp_path / "benchmarks" / "results" / "record.json"
+    code.write_text("1")
+    record.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    record.write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{40}", records.commit_of(tmp_path / "package"))
+    code.write_text("2")
+    assert records.commit_of(tmp_path / "benchmarks").endswith("-dirty")
+
+
 def test_the_record_of_cpu_attention(record):
     path, printed = record
     content = json.loads(path.read_text())
