@@ -120,17 +120,18 @@ def _launch_backward(
     out: Tensor,
     lse: Tensor,
 ) -> AttentionGradients:
+    query_grid, key_grid = _grids(inputs)
     grads = [empty_tokens_before_heads(tensor) for tensor in (inputs.query, inputs.key, inputs.value)]
     if 0 in inputs.query.shape[:3] or inputs.key.shape[2] == 0:
         for grad in grads:
             grad.zero_()
-    places = (*query.shape[:2], inputs.query_grid.num_blocks)
+    places = (*query.shape[:2], query_grid.num_blocks)
     statistics = query.new_empty(*places, _BLOCK_TOKENS // 2, 4, dtype=torch.float32)
     rel_h, rel_w = inputs.rel_h, inputs.rel_w
     grad_rel_h = grad_rel_w = rel_w_sums = None
     if rel_h is not None and rel_w is not None:
         grad_rel_h, grad_rel_w = (rel.new_empty(rel.shape) for rel in (rel_h, rel_w))
-        sums = (inputs.key_grid.tile_columns, _BLOCK_TOKENS * _RELATIVE_POSITION_TILE[1])
+        sums = (key_grid.tile_columns, _BLOCK_TOKENS * _RELATIVE_POSITION_TILE[1])
         rel_w_sums = query.new_empty(*places, *sums, dtype=torch.float32)
         rel_h, rel_w = _aligned(rel_h), _aligned(rel_w)
     grad_query_sums = blocks_taken = None
@@ -162,8 +163,8 @@ def _launch_backward(
         rel_w,
         None if padding is None else padding.contiguous(),
         inputs.dropout_seed,
-        inputs.query_grid.pack(),
-        inputs.key_grid.pack(),
+        query_grid.pack(),
+        key_grid.pack(),
         scale,
         inputs.dropout_p,
     )
@@ -234,6 +235,7 @@ def _with_positive_scale(inputs: AttentionInputs, out: Tensor, lse: Tensor | Non
 
 
 def _launch(inputs: AttentionInputs, query: Tensor, scale: float, out: Tensor, lse: Tensor | None) -> None:
+    query_grid, key_grid = _grids(inputs)
     lists: tuple[Tensor | None, ...] = (None, None, None)
     if not inputs.is_dense:
         lists = (inputs.key_counts, inputs.key_indices, inputs.row_order)
@@ -252,11 +254,26 @@ def _launch(inputs: AttentionInputs, query: Tensor, scale: float, out: Tensor, l
         rel_w,
         None if padding is None else padding.contiguous(),
         inputs.dropout_seed,
-        inputs.query_grid.pack(),
-        inputs.key_grid.pack(),
+        query_grid.pack(),
+        key_grid.pack(),
         scale,
         inputs.dropout_p,
     )
+
+
+def _grids(inputs: AttentionInputs) -> tuple[TokenGrid, TokenGrid]:
+    """The grids of the queries and the keys that the kernels go by."""
+    if inputs.is_dense and inputs.rel_h is None:
+        return _in_fewest_blocks(inputs.query_grid), _in_fewest_blocks(inputs.key_grid)
+    return inputs.query_grid, inputs.key_grid
+
+
+@lru_cache(maxsize=256)
+def _in_fewest_blocks(grid: TokenGrid) -> TokenGrid:
+    """Where nothing is skipped the order of tokens is all the same, and a sequence has no tiles that hang over an edge:
+    37 × 37 patches and 5 extra tokens are 11 blocks instead of 16."""
+    sequence = TokenGrid(1, grid.num_tokens, tile=(1, _BLOCK_TOKENS))
+    return sequence if sequence.num_blocks < grid.num_blocks and _why_not_grid(sequence) is None else grid
 
 
 def _aligned(tensor: Tensor) -> Tensor:
