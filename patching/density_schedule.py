@@ -34,10 +34,11 @@ class DensitySchedule:
     has been patched and moved to its device; that sets the density of step 0. Call :meth:`step` after each step or
     epoch, whichever the milestones count.
 
-    No step is compiled again when the density changes: masks of the image sizes that are known (that of the model, and
-    those of images seen) are made beforehand and enter compiled code as tensors. Where some stages are dense and others
-    are not, the dense ones run through the sparse code path for that reason. A CUDA graph that was captured by hand
-    holds the masks that it was captured with: capture it again when :meth:`step` returns True.
+    No step is compiled again when the density changes, unless the pattern is dynamic: masks of the image sizes that are
+    known (that of the model, and those of images seen) are made beforehand and enter compiled code as tensors. Where
+    some stages are dense and others are not, the dense ones run through the sparse code path for that reason. A CUDA
+    graph that was captured by hand holds the masks that it was captured with: capture it again when :meth:`step`
+    returns True.
 
     A copy of the model, such as one of averaged weights, keeps its density; give ``nn.ModuleList([model, copy])`` to
     schedule both.
@@ -192,6 +193,8 @@ class DensitySchedule:
         if not isinstance(num_heads, int) or parameter is None or parameter.device.type == "meta":
             return []
         patterns = self._patterns[layer]
+        if any(pattern.is_dynamic_on(*geometry) for pattern in patterns.values()):
+            return []
         keys = {density: (pattern, geometry, num_heads, parameter.device) for density, pattern in patterns.items()}
         missing = {
             key: key[0].mask(geometry[0], num_heads, key_grid=geometry[1], device=parameter.device)

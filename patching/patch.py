@@ -140,7 +140,7 @@ def _replacement(slot: Slot, verdict: Replaceable, arguments: _Arguments) -> nn.
     pattern, backend, compute_dtype = arguments
     new = verdict.build(DenseOnFewTiles.around(pattern), backend, compute_dtype)
     geometry = verdict.geometry()
-    if geometry is not None:
+    if geometry is not None and not new.pattern.is_dynamic_on(geometry[0], geometry[0]):
         # A pattern that does not fit raises here rather than in the first forward pass; and a model that is compiled
         # before it ever runs finds its mask.
         device = next((parameter.device for parameter in new.parameters()), torch.device("cpu"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from torch import nn
 
 from ..modules import SAMWindowBlock, SparseAttention, why_skipping_cannot_pay
-from ..patterns import Dense, Pattern
+from ..patterns import Dense, DynamicPattern, Pattern
 from ..token_grid import TokenGrid
 from .adapters import LeftAlone, Replaceable
 from .selection import DenseOnFewTiles
@@ -26,9 +26,10 @@ class PatchedLayer:
         windows: number of such grids per image.
         num_heads: number of query heads.
         pattern: the pattern it was given.
-        density: fraction of block pairs computed.
+        density: fraction of block pairs computed; None also where that depends on the image.
         flops_before, flops_after: FLOPs of all token pairs, and of those that are computed.
-        note: why nothing is skipped, where that was asked for; whether windows are read in place; else empty.
+        note: why nothing is skipped, where that was asked for; whether blocks are chosen at run time; whether windows
+            are read in place; else empty.
     """
 
     name: str
@@ -66,8 +67,10 @@ class PatchReport:
 
     @property
     def flops_after(self) -> int:
-        """Attention FLOPs per image of the replaced layers."""
-        return sum(layer.flops_after or 0 for layer in self.layers)
+        """Attention FLOPs per image of the replaced layers; where they depend on the image, at most."""
+        return sum(
+            (layer.flops_before if layer.flops_after is None else layer.flops_after) or 0 for layer in self.layers
+        )
 
     def __str__(self) -> str:
         lines = []
@@ -120,6 +123,11 @@ def _patched(slot: Slot, layer: SparseAttention) -> PatchedLayer:
     notes = ["windows read in place"] if isinstance(slot.parent, SAMWindowBlock) else []
     if isinstance(pattern, Dense):
         return PatchedLayer(slot.name, verdict.kind, grid, windows, heads, pattern, 1.0, flops, flops, "".join(notes))
+    if layer.pattern.is_dynamic_on(grid, grid):
+        density = pattern.rule(grid, grid).density(grid, grid) if isinstance(pattern, DynamicPattern) else None
+        after = None if density is None else round(flops * density)
+        note = "dynamic" if density is not None else "dynamic: the density depends on the image"
+        return PatchedLayer(slot.name, verdict.kind, grid, windows, heads, pattern, density, flops, after, note)
     mask = layer.pattern.mask(grid, heads)
     reason = why_skipping_cannot_pay(grid) if isinstance(layer.pattern, DenseOnFewTiles) else None
     if reason is None and mask.is_dense:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..block_mask import BlockMask
 from ..modules import why_skipping_cannot_pay
 from ..patterns import Dense, Pattern, resolve_pattern
 from ..token_grid import TokenGrid
@@ -40,6 +42,17 @@ class DenseOnFewTiles(Pattern):
         if why_skipping_cannot_pay(query_grid, key_grid) is None:
             return self.pattern.blocks(query_grid, key_grid, num_heads)
         return torch.ones(1, query_grid.num_blocks, key_grid.num_blocks, dtype=torch.bool)
+
+    def is_dynamic_on(self, query_grid: TokenGrid, key_grid: TokenGrid) -> bool:
+        return why_skipping_cannot_pay(query_grid, key_grid) is None and self.pattern.is_dynamic_on(
+            query_grid, key_grid
+        )
+
+    def select(self, query: Tensor, key: Tensor, query_grid: TokenGrid, *rest: Any, **options: Any) -> BlockMask:
+        key_grid = rest[0] if rest and rest[0] is not None else query_grid
+        if why_skipping_cannot_pay(query_grid, key_grid) is None:
+            return self.pattern.select(query, key, query_grid, key_grid, **options)
+        return self.mask(query_grid, query.shape[1], key_grid=key_grid, device=query.device)
 
     def __str__(self) -> str:
         return str(self.pattern)

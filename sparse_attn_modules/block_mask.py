@@ -56,6 +56,8 @@ class BlockMask:
         # if it is declared so.
         may_look = self.blocks.device.type == "cpu" and not torch.compiler.is_compiling()
         self._is_dense = may_look and bool(self.blocks.all())
+        # The density where the maker of the mask knows it without looking at values.
+        self.declared_density: float | None = None
 
     @classmethod
     def dense(
@@ -70,12 +72,19 @@ class BlockMask:
 
     @classmethod
     def from_lists(
-        cls, blocks: Tensor, lists: dict[str, Tensor], query_grid: TokenGrid, key_grid: TokenGrid, is_dense: bool
+        cls,
+        blocks: Tensor,
+        lists: dict[str, Tensor],
+        query_grid: TokenGrid,
+        key_grid: TokenGrid,
+        is_dense: bool,
+        density: float | None = None,
     ) -> BlockMask:
-        """A mask whose index lists are known already, by the names of the properties."""
+        """A mask whose index lists are known already, by the names of the properties; and its density, if known."""
         mask = cls(blocks, query_grid, key_grid)
         mask._lists = dict(lists)
         mask._is_dense = is_dense
+        mask.declared_density = density
         return mask
 
     @classmethod
@@ -187,6 +196,7 @@ class BlockMask:
             blocks = self.blocks[:, :, parents[0]][:, :, :, parents[1]]
         finer_mask = BlockMask(blocks, *grids)
         finer_mask._is_dense = self.is_dense
+        finer_mask.declared_density = self.declared_density
         if not torch.compiler.is_compiling():
             self._splits[tiles] = finer_mask
         return finer_mask
@@ -198,6 +208,7 @@ class BlockMask:
             return self
         moved = BlockMask(moved_blocks, self.query_grid, self.key_grid)
         moved._is_dense = self.is_dense
+        moved.declared_density = self.declared_density
         return moved
 
     def __or__(self, other: BlockMask) -> BlockMask:

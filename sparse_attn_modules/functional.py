@@ -126,6 +126,7 @@ def block_sparse_attention(
         float(scale),
         float(dropout_p),
         mask.is_dense,
+        mask.declared_density,
     )
     out, lse = attention_forward(inputs, backend, return_lse or needs_grad, needs_grad)
     if not return_lse:

@@ -23,7 +23,8 @@ from .tracing import is_watched
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor blocks, Tensor key_counts, Tensor key_indices, Tensor row_order, "
     "Tensor? query_counts, Tensor? query_indices, Tensor? rel_h, Tensor? rel_w, Tensor? key_padding_mask, "
-    "Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, float dropout_p, bool is_dense, str backend"
+    "Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, float dropout_p, bool is_dense, "
+    "float? density, str backend"
 )
 _NUM_INPUTS = _INPUTS.count(",") + 1
 _TENSORS = [argument.split()[1] for argument in _INPUTS.split(", ") if argument.startswith("Tensor")]
@@ -117,7 +118,7 @@ def _arguments(inputs: AttentionInputs, backend: str) -> tuple[Any, ...]:
     """The operator's arguments."""
     tensors = [getattr(inputs, name) for name in _TENSORS]
     grids = inputs.query_grid.pack(), inputs.key_grid.pack()
-    return *tensors, *grids, inputs.scale, inputs.dropout_p, inputs.is_dense, backend
+    return *tensors, *grids, inputs.scale, inputs.dropout_p, inputs.is_dense, inputs.density, backend
 
 
 # Checking the numbers of a grid at every call would take longer than a launch.
@@ -128,9 +129,9 @@ def _unpacked(*numbers: int) -> TokenGrid:
 
 def _inputs(arguments: tuple[Any, ...]) -> tuple[AttentionInputs, str]:
     """The backend's view of the operator's arguments, and the backend's name."""
-    *tensors, query_grid, key_grid, scale, dropout_p, is_dense, backend = arguments
+    *tensors, query_grid, key_grid, scale, dropout_p, is_dense, density, backend = arguments
     grids = _unpacked(*query_grid), _unpacked(*key_grid)
-    inputs = AttentionInputs(*tensors, *grids, scale, dropout_p, is_dense)  # type: ignore[call-arg]
+    inputs = AttentionInputs(*tensors, *grids, scale, dropout_p, is_dense, density)  # type: ignore[call-arg]
     return inputs, backend
 
 

@@ -47,6 +47,7 @@ def operator_arguments(query, key, value, rel_h=None, rel_w=None, backend="gathe
         0.5,
         0.0,
         False,
+        None,
         backend,
         with_lse,
     )

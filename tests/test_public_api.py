@@ -14,6 +14,8 @@ def test_public_names_are_pinned():
         "Dense",
         "DensitySchedule",
         "DilatedLocal",
+        "DynamicTopK",
+        "DynamicTopP",
         "GlobalLocal",
         "Hybrid",
         "ImageToPrompt",

@@ -69,6 +69,13 @@ def why_slower(request: Request) -> str | None:
     return None
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the library runs on a device, whatever the call."""
+    if device.type != "cuda":
+        return False
+    return _why_not_device(torch.cuda.current_device() if device.index is None else device.index) is None
+
+
 def why_not_here() -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA"
@@ -183,7 +190,9 @@ def _fuses(inputs: AttentionInputs) -> bool:
         return False
     if inputs.is_dense:
         return True
-    density = _known_density(inputs.key_counts, inputs.key_grid.num_blocks)
+    density = inputs.density
+    if density is None:
+        density = _known_density(inputs.key_counts, inputs.key_grid.num_blocks)
     head_dim = next(head_dim for head_dim in _NATIVE_HEAD_DIMS if inputs.query.shape[3] <= head_dim)
     return density is not None and density >= _FUSED_DENSITY[head_dim]
 

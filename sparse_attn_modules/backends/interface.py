@@ -38,6 +38,7 @@ class AttentionInputs:
     scale: float
     dropout_p: float
     is_dense: bool  # every block pair is active
+    density: float | None = None  # of the mask, where it is known without looking at the device
 
     @property
     def heads_per_key_head(self) -> int:

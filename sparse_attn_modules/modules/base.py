@@ -98,6 +98,31 @@ class SparseAttention(nn.Module):
             while len(self._masks) > _MAX_MASKS:
                 del self._masks[next(iter(self._masks))]
 
+    def mask_for(
+        self,
+        query: Tensor,
+        key: Tensor,
+        query_grid: TokenGrid,
+        key_grid: TokenGrid | None = None,
+        *,
+        scale: float | None = None,
+        relative_position: tuple[Tensor, Tensor] | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> BlockMask:
+        """The mask for these queries and keys ``[B, H, N, D]``: the kept one, unless the pattern looks at them."""
+        key_grid = query_grid if key_grid is None else key_grid
+        if not self._pattern.is_dynamic_on(query_grid, key_grid):
+            return self.block_mask(query_grid, query.shape[1], query.device, key_grid)
+        return self._pattern.select(
+            query,
+            key,
+            query_grid,
+            key_grid,
+            scale=scale,
+            relative_position=relative_position,
+            key_padding_mask=key_padding_mask,
+        )
+
     def attend(
         self,
         query: Tensor,
@@ -112,7 +137,6 @@ class SparseAttention(nn.Module):
         dropout_p: float = 0.0,
     ) -> Tensor:
         """:func:`block_sparse_attention` under this layer's mask, in ``compute_dtype``; ``[B, H, N, D]`` each."""
-        mask = self.block_mask(query_grid, query.shape[1], query.device, key_grid)
         dtype = query.dtype
         if self.compute_dtype is not None:
             query, key, value = (tensor.to(self.compute_dtype) for tensor in (query, key, value))
@@ -122,6 +146,15 @@ class SparseAttention(nn.Module):
         # A dtype that was asked for holds under autocast too, which would replace it.
         keeps_dtype = nullcontext() if self.compute_dtype is None else without_autocast(query.device.type)
         with keeps_dtype:
+            mask = self.mask_for(
+                query,
+                key,
+                query_grid,
+                key_grid,
+                scale=scale,
+                relative_position=relative_position,
+                key_padding_mask=key_padding_mask,
+            )
             out = block_sparse_attention(
                 query,
                 key,

@@ -226,7 +226,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention, SparseAttention):
                     query, key, value, query_grid, key_grid, key_padding_mask=ignored, dropout_p=dropout_p
                 )
                 return out, None
-            mask = self.block_mask(query_grid, self.num_heads, query.device, key_grid)
+            mask = self.mask_for(query, key, query_grid, key_grid, key_padding_mask=ignored)
             allowed = None if mask.is_dense else mask.token_mask()  # [1, heads | 1, L, S]
         else:
             allowed = None

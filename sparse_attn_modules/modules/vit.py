@@ -284,7 +284,7 @@ class ViTSparseAttention(SparseAttention):
         elif attn_mask is not None:
             bias = attn_mask
         if grid is not None and not isinstance(self.pattern, Dense):
-            pattern_allows = self.block_mask(grid, self.num_heads, query.device).token_mask()
+            pattern_allows = self.mask_for(query, key, grid, scale=self.scale).token_mask()
             allowed = pattern_allows if allowed is None else allowed & pattern_allows
         out, _ = masked_attention(query, key, value, allowed, bias, scale=self.scale, dropout_p=dropout_p)
         return out.to(dtype)

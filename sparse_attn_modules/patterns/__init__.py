@@ -2,6 +2,7 @@
 
 from .base import CustomPattern, Dense, Pattern, Union
 from .combined import Hybrid, ImageToPrompt
+from .dynamic import DynamicPattern, DynamicTopK, DynamicTopP
 from .local import DilatedLocal, LocalWindow, MultiScale, Streaming
 from .names import NAMED_PATTERNS, resolve_pattern
 from .spread import Butterfly, GlobalLocal, Random, RegionFocused, Strided
@@ -12,6 +13,9 @@ __all__ = [
     "CustomPattern",
     "Dense",
     "DilatedLocal",
+    "DynamicPattern",
+    "DynamicTopK",
+    "DynamicTopP",
     "GlobalLocal",
     "Hybrid",
     "ImageToPrompt",

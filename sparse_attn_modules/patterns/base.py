@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..block_mask import BlockMask
 from ..shared_tensors import building_shared_tensors, resolve_device
@@ -69,6 +69,28 @@ class Pattern:
             )
         key_grid = query_grid if key_grid is None else key_grid
         return _cached_mask(self, query_grid, key_grid, num_heads, resolve_device(device))
+
+    def is_dynamic_on(self, query_grid: TokenGrid, key_grid: TokenGrid) -> bool:
+        """Whether the mask on these grids depends on queries and keys, so that only :meth:`select` can make it."""
+        return False
+
+    def select(
+        self,
+        query: Tensor,
+        key: Tensor,
+        query_grid: TokenGrid,
+        key_grid: TokenGrid | None = None,
+        *,
+        scale: float | None = None,
+        relative_position: tuple[Tensor, Tensor] | None = None,
+        key_padding_mask: Tensor | None = None,
+        selector: nn.Module | None = None,
+    ) -> BlockMask:
+        """The mask for given queries and keys: that of :meth:`mask`, unless the pattern looks at them.
+
+        See :meth:`DynamicPattern.select` for the arguments.
+        """
+        return self.mask(query_grid, query.shape[1], key_grid=key_grid, device=query.device)
 
     def __or__(self, other: Pattern) -> Pattern:
         """Pairs active in either pattern."""
@@ -166,6 +188,12 @@ def check_one_of(pattern: Pattern, **values: Any) -> None:
 
 
 def check_pattern(owner: Pattern, name: str, value: Any) -> None:
-    """Raises unless ``value`` is a pattern."""
+    """Raises unless ``value`` is a pattern that a geometry is enough for."""
     if not isinstance(value, Pattern):
         raise TypeError(f"{type(owner).__name__}: {name} must be a Pattern, got {type(value).__name__}")
+    grid = TokenGrid(1, 1)
+    if value.is_dynamic_on(grid, grid):
+        raise TypeError(
+            f"{type(owner).__name__}: {name} must be a pattern whose mask follows from the geometry alone, got "
+            f"{type(value).__name__}, which chooses blocks by queries and keys"
+        )
