@@ -6,12 +6,12 @@ and write ``[B, N, H, keys]`` as they lie in memory: rows of the image are matri
 are matrices whose lines lie a row of the image apart. Nothing is permuted or copied, where an einsum does so with the
 queries and with the products, for each axis.
 
-The tables, gathered for the positions of an axis, are kept while a parameter does not change.
+The tables are gathered for the positions of an axis at each call. Nothing that is cheap to look at tells that a
+parameter has changed since: fused optimizers and writes through ``.data`` leave its version and its address alone.
 """
 
 from __future__ import annotations
 
-import weakref
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,11 +24,10 @@ from .shared_tensors import building_shared_tensors
 from .tracing import is_watched
 
 _ALIGNMENT = 8  # elements of 2 bytes: rows that begin at multiples of 16 bytes are read in place by the CUDA kernels
-_MAX_KEPT = 2  # gathered tables of a parameter: batches and image sizes in use at a time
 
 _ARGUMENTS = "Tensor query, Tensor table_h, Tensor table_w, int[] grid, int[] window"
 _library = torch.library.Library("sparse_attn_modules", "FRAGMENT")
-_library.define(f"relative_position({_ARGUMENTS}, bool keep) -> (Tensor rel_h, Tensor rel_w)")
+_library.define(f"relative_position({_ARGUMENTS}) -> (Tensor rel_h, Tensor rel_w)")
 _library.define(
     f"relative_position_backward({_ARGUMENTS}, Tensor? grad_h, Tensor? grad_w) -> "
     "(Tensor grad_query, Tensor grad_table_h, Tensor grad_table_w)"
@@ -41,8 +40,6 @@ def relative_position(
     table_w: Tensor,
     grid: tuple[int, int],
     window: tuple[int, int] | None = None,
-    *,
-    keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The bias of each query per key row and per key column, as :func:`block_sparse_attention` takes it.
 
@@ -54,8 +51,6 @@ def relative_position(
         grid: (height, width) of the image in patches.
         window: (height, width) of the windows that the image is cut into, from its first patch on, if keys are those
             of a query's window alone; positions then count within the window.
-        keep: keep the tables as they are gathered for an axis, for as long as the parameter is the same tensor with the
-            same version and address. A write through ``.data`` changes none of these and is not seen.
 
     Returns:
         ``rel_h [B, H, N, key rows]`` and ``rel_w [B, H, N, key columns]``, transposed views with rows that begin at
@@ -64,23 +59,23 @@ def relative_position(
     window = grid if window is None else window
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, table_h, table_w))
     if needs_grad or type(query) is not Tensor or is_watched():
-        products = torch.ops.sparse_attn_modules.relative_position.default(query, table_h, table_w, grid, window, keep)
+        products = torch.ops.sparse_attn_modules.relative_position.default(query, table_h, table_w, grid, window)
     else:
-        products = _products(query, table_h, table_w, grid, window, keep)
+        products = _products(query, table_h, table_w, grid, window)
     rel_h, rel_w = (rel[..., :size].transpose(1, 2) for rel, size in zip(products, window))
     return rel_h, rel_w
 
 
 def _products(
-    query: Tensor, table_h: Tensor, table_w: Tensor, grid: tuple[int, int], window: tuple[int, int], keep: bool
+    query: Tensor, table_h: Tensor, table_w: Tensor, grid: tuple[int, int], window: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """``[B, N, H, keys]`` for both axes, keys padded with zeros to a multiple of eight."""
     height, width = grid
     batch, heads = query.shape[:2]
     with without_autocast(query.device.type):
         by_row = _by_row(query, height)
-        rows = _gathered(table_h, _Axis(height, window[0], images=batch), query.dtype, keep)
-        columns = _gathered(table_w, _Axis(width, window[1], heads=heads), query.dtype, keep)
+        rows = _gather(table_h, _Axis(height, window[0], images=batch), query.dtype)
+        columns = _gather(table_w, _Axis(width, window[1], heads=heads), query.dtype)
         rel_h = torch.bmm(by_row, rows.mT)
         rel_w = query.new_empty(batch * height, width * heads, columns.shape[1])
         torch.bmm(by_row.transpose(0, 1), columns.mT, out=rel_w.transpose(0, 1))
@@ -136,40 +131,6 @@ class _Axis(NamedTuple):
         return -(-self.period // _ALIGNMENT) * _ALIGNMENT
 
 
-class _Kept:
-    """What was gathered from a table, for as long as it is what it was then."""
-
-    def __init__(self, table: Tensor) -> None:
-        key = id(table)
-        self.table = weakref.ref(table, lambda _: _kept.pop(key, None))
-        self.version = table._version
-        self.address = table.data_ptr()
-        self.found: dict[tuple[_Axis, torch.dtype], Tensor] = {}
-
-    def is_of(self, table: Tensor) -> bool:
-        return self.table() is table and self.version == table._version and self.address == table.data_ptr()
-
-
-_kept: dict[int, _Kept] = {}  # by the id of the table
-
-
-def _gathered(table: Tensor, axis: _Axis, dtype: torch.dtype, keep: bool) -> Tensor:
-    """:func:`_gather`, or what it gave before. A CUDA graph gathers anew, or its replays would not follow the table."""
-    if not keep or table.is_inference() or (table.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return _gather(table, axis, dtype)
-    entry = _kept.get(id(table))
-    if entry is None or not entry.is_of(table):
-        entry = _kept[id(table)] = _Kept(table)
-    gathered = entry.found.get((axis, dtype))
-    if gathered is None:
-        with torch.inference_mode(False):
-            gathered = _gather(table.detach(), axis, dtype)
-        if len(entry.found) >= _MAX_KEPT:
-            entry.found.clear()
-        entry.found[axis, dtype] = gathered
-    return gathered
-
-
 def _gather(table: Tensor, axis: _Axis, dtype: torch.dtype) -> Tensor:
     """Embedding between a position and each key of its window: ``[L, D]`` -> ``[images · size · heads, keys, D]``."""
     distances = 2 * axis.period - 1
@@ -211,9 +172,9 @@ def _transpose(size: int, period: int, length: int, dtype: torch.dtype, device: 
 
 @torch.library.impl(_library, "relative_position", "CompositeExplicitAutograd")
 def _forward(
-    query: Tensor, table_h: Tensor, table_w: Tensor, grid: list[int], window: list[int], keep: bool
+    query: Tensor, table_h: Tensor, table_w: Tensor, grid: list[int], window: list[int]
 ) -> tuple[Tensor, Tensor]:
-    return _products(query, table_h, table_w, (grid[0], grid[1]), (window[0], window[1]), keep)
+    return _products(query, table_h, table_w, (grid[0], grid[1]), (window[0], window[1]))
 
 
 @torch.library.impl(_library, "relative_position_backward", "CompositeExplicitAutograd")
@@ -246,18 +207,18 @@ def _backward_fake(query: Tensor, table_h: Tensor, table_w: Tensor, *arguments: 
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.grid, ctx.window, _ = inputs
+    *tensors, ctx.grid, ctx.window = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _autograd_backward(ctx: Any, grad_h: Tensor | None, grad_w: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_h is None and grad_w is None:
-        return (None,) * 6
+        return (None,) * 5
     grad_query, grad_table_h, grad_table_w = torch.ops.sparse_attn_modules.relative_position_backward.default(
         *ctx.saved_tensors, ctx.grid, ctx.window, grad_h, grad_w
     )
-    return grad_query.transpose(1, 2), grad_table_h, grad_table_w, None, None, None
+    return grad_query.transpose(1, 2), grad_table_h, grad_table_w, None, None
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:

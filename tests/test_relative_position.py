@@ -1,12 +1,10 @@
-"""The factors of the relative position against products written out, and what is kept of the tables."""
-
-import copy
+"""The factors of the relative position against products written out."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_attn_modules.relative_position import _kept, relative_position
+from sparse_attn_modules.relative_position import relative_position
 
 GRIDS = [((5, 7), None), ((6, 9), (4, 4)), ((1, 3), (14, 14)), ((8, 8), (3, 5)), ((16, 16), (16, 16))]
 
@@ -86,54 +84,6 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("change", ["in place", "optimizer", "data", "other dtype", "other size", "other window"])
-def test_what_is_kept_follows_the_table(change):
-    query, *tables = (tensor.detach() for tensor in draw((6, 9), fused=False))
-    tables = [torch.nn.Parameter(table) for table in tables]
-    grid, window = (6, 9), (4, 4)
-    with torch.no_grad():
-        relative_position(query, *tables, grid, window, keep=True)
-        if change == "in place":
-            tables[0].mul_(2)
-        elif change == "optimizer":
-            tables[1].grad = torch.randn_like(tables[1])
-            torch.optim.SGD([tables[1]], lr=1.0).step()
-        elif change == "data":
-            tables[0].data = torch.randn_like(tables[0])
-        elif change == "other dtype":
-            query = query.float()
-        elif change == "other size":
-            query, grid = query[:, :, :36].contiguous(), (4, 9)
-        else:
-            window = (3, 5)
-        found = relative_position(query, *tables, grid, window, keep=True)
-        expected = written_out(query, *(table.to(query.dtype) for table in tables), grid, window)
-    for actual, reference in zip(found, expected):
-        torch.testing.assert_close(actual, reference)
-
-
-def test_tables_are_gathered_once_and_forgotten_with_the_parameter(monkeypatch):
-    from sparse_attn_modules import relative_position as module
-
-    calls = []
-    gather = module._gather
-    monkeypatch.setattr(module, "_gather", lambda *arguments: calls.append(1) or gather(*arguments))
-    query, *tables = (tensor.detach() for tensor in draw((6, 9), fused=False))
-    before = len(_kept)
-    with torch.inference_mode():
-        for _ in range(3):
-            relative_position(query, *tables, (6, 9), keep=True)
-        assert len(calls) == 2
-        relative_position(query, *tables, (6, 9))
-        assert len(calls) == 4
-    assert len(_kept) == before + 2
-    found = relative_position(query.requires_grad_(), *tables, (6, 9), keep=True)[0].sum()
-    assert len(calls) == 4  # what was first gathered in inference mode serves training as well
-    found.backward()
-    del tables
-    assert len(_kept) == before
-
-
 def test_autocast_does_not_reach_inside():
     query, *tables = draw((4, 5), fused=False, dtype=torch.float32)
     expected = relative_position(query, *tables, (4, 5))
@@ -147,7 +97,7 @@ def test_operator_checks():
     query, *tables = draw((4, 6), fused=True)
     torch.library.opcheck(
         torch.ops.sparse_attn_modules.relative_position.default,
-        (query, *tables, [4, 6], [3, 3], False),
+        (query, *tables, [4, 6], [3, 3]),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -162,14 +112,3 @@ def test_compiles_in_one_graph():
         (*expected, *torch.autograd.grad([tensor.square().sum() for tensor in expected], inputs)),
     ):
         torch.testing.assert_close(actual, reference)
-
-
-def test_copies_of_a_layer_do_not_share_what_is_kept():
-    query, *tables = (tensor.detach() for tensor in draw((6, 9), fused=False))
-    with torch.no_grad():
-        relative_position(query, *tables, (6, 9), keep=True)
-        others = copy.deepcopy(tables)
-        others[0].neg_()
-        expected = written_out(query, *others, (6, 9), (6, 9))
-        for actual, reference in zip(relative_position(query, *others, (6, 9), keep=True), expected):
-            torch.testing.assert_close(actual, reference)

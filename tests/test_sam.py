@@ -224,6 +224,49 @@ def test_shares_parameters_and_state_dict_keys(library):
     torch.testing.assert_close(layer(x), other(x), rtol=1e-9, atol=1e-11)
 
 
+def write_by_fused_optimizer(tables):
+    optimizer = torch.optim.AdamW(tables, lr=0.3, fused=True)
+    for table in tables:
+        table.grad = torch.randn_like(table)
+    optimizer.step()
+
+
+def write_through_data(tables):
+    for table in tables:
+        table.data.copy_(torch.randn_like(table))
+
+
+def write_in_place(tables):
+    with torch.no_grad():
+        for table in tables:
+            table.mul_(2)
+
+
+def swap_data(tables):
+    """As an average of weights is swapped in: the storage of before is written to and comes back."""
+    for table in tables:
+        own, table.data = table.data, torch.randn_like(table)
+        table.data = own.mul_(-1)
+
+
+@pytest.mark.parametrize("write", [write_by_fused_optimizer, write_through_data, write_in_place, swap_data])
+@pytest.mark.parametrize("window_size", [0, 4])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_follows_tables_however_they_are_written(write, window_size, mode):
+    """Evaluated before and after; neither a version nor an address tells of some of these writes."""
+    layer = make_layer("segment_anything", use_rel_pos=True, input_size=(8, 8))
+    layer = SAMAttentionSparse.from_module(layer).eval()
+    x = torch.randn(1, 8, 8, DIM, dtype=torch.float64)
+    with mode():
+        before = layer(x, window_size=window_size)
+    write([layer.rel_pos_h, layer.rel_pos_w])
+    with mode():
+        found = layer(x, window_size=window_size)
+        expected = copy.deepcopy(layer)(x, window_size=window_size)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, before)
+
+
 def test_calls_the_projection_so_that_adapters_act():
     class Adapted(nn.Module):
         def __init__(self, base):

@@ -202,7 +202,7 @@ class SAMAttentionSparse(SparseAttention):
         query, key, value, value_bias = self._project_without_key_and_value_bias(x)
         bias = None
         if self.use_rel_pos:
-            bias = relative_position(query, self.rel_pos_h, self.rel_pos_w, size, window, keep=not self.training)
+            bias = relative_position(query, self.rel_pos_h, self.rel_pos_w, size, window)
         query, key, value = (partition(tensor, size, window) for tensor in (query, key, value))
         if bias is not None:
             bias = partition(bias[0], size, window), partition(bias[1], size, window)
@@ -285,7 +285,7 @@ class SAMAttentionSparse(SparseAttention):
         """The bias of each query per key row, ``[B, heads, N, H]``, and per key column, ``[B, heads, N, W]``."""
         size = (grid.height, grid.width)
         patches = query[:, :, : grid.num_patches] if grid.suffix else query
-        rel_h, rel_w = relative_position(patches, self.rel_pos_h, self.rel_pos_w, size, keep=not self.training)
+        rel_h, rel_w = relative_position(patches, self.rel_pos_h, self.rel_pos_w, size)
         if grid.suffix:
             return F.pad(rel_h, (0, 0, 0, grid.suffix)), F.pad(rel_w, (0, 0, 0, grid.suffix))
         return rel_h, rel_w
