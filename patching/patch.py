@@ -12,6 +12,7 @@ from ..backends import BACKENDS
 from ..modules import SparseAttention
 from ..patterns import Pattern
 from .adapters import LeftAlone, Replaceable, Site
+from .calibrated_layers import hand_out_calibrated
 from .grids import GridSource, remove_sources
 from .selection import DenseOnFewTiles, Include, Selection
 from .walk import Original, Slot, adopt, attention_slots, inspect, original_of
@@ -46,8 +47,8 @@ def patch_model(
     Args:
         model: the model, or any part of it that contains the patch embedding as well.
         pattern: which blocks are computed: a Pattern, a short name, or a mapping from globs over names of layers to
-            patterns, where the first match wins and layers that match none are left alone. Dense, which is exact, if
-            None.
+            patterns, where the first match wins and layers that match none are left alone; or what :func:`calibrate`
+            chose for this model. Dense, which is exact, if None.
         include: which layers are patched: a glob over their names, several globs, or ``function(name, layer)``; all
             if None.
         backend: backend of :func:`block_sparse_attention`; the best that can run if None.
@@ -61,7 +62,8 @@ def patch_model(
 
     Raises:
         ValueError: if nothing can be patched, with what was seen and why it was left alone; if a glob matches no
-            attention layer; if a pattern does not fit a layer, or a name is unknown. The model is then as it was.
+            attention layer; if a pattern does not fit a layer, or a name is unknown; if a calibrated pattern was made
+            for another model or image size. The model is then as it was.
         TypeError: if an argument is not as described.
     """
     if not isinstance(model, nn.Module):
@@ -80,10 +82,13 @@ def patch_model(
     if strict:
         selection.check_names(slot.name for slot in slots)
 
+    patterns = {slot.name: selection.pattern_for(slot.name, slot.original) for slot in slots}
+    patterns = hand_out_calibrated(patterns, slots)
+
     replacements: dict[int, nn.Module] = {}
     sources: set[GridSource] = set()
     for slot in slots:
-        chosen = selection.pattern_for(slot.name, slot.original)
+        chosen = patterns[slot.name]
         if chosen is None or isinstance(slot.verdict, LeftAlone) or id(slot.original) in replacements:
             continue
         replacements[id(slot.original)] = _replacement(slot, slot.verdict, (chosen, backend, compute_dtype))

@@ -154,7 +154,7 @@ def _short(pattern: Pattern) -> str:
     given = (
         f"{field.name}={_short(value) if isinstance(value, Pattern) else value}"
         for field in fields(pattern)
-        if field.init and (value := getattr(pattern, field.name)) != field.default
+        if field.init and field.repr and (value := getattr(pattern, field.name)) != field.default
     )
     return f"{type(pattern).__name__}({', '.join(given)})"
 

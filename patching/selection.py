@@ -61,16 +61,26 @@ class DenseOnFewTiles(Pattern):
 class Selection:
     """The arguments ``pattern`` and ``include`` of ``patch_model``, checked.
 
+    Args:
+        pattern, include: the arguments.
+        op: the function that they were given to, for messages.
+
     Raises:
         ValueError, TypeError: if one of them is not as ``patch_model`` describes it.
     """
 
-    def __init__(self, pattern: Pattern | str | Mapping[str, Pattern | str] | None, include: Include) -> None:
+    def __init__(
+        self,
+        pattern: Pattern | str | Mapping[str, Pattern | str] | None,
+        include: Include,
+        op: str = "patch_model",
+    ) -> None:
+        self._op = op
         if isinstance(pattern, Mapping):
             if not pattern:
-                raise ValueError("patch_model: pattern must name at least one layer, got an empty mapping")
+                raise ValueError(f"{op}: pattern must name at least one layer, got an empty mapping")
             for glob in pattern:
-                _check_glob("pattern", glob)
+                _check_glob(op, "pattern", glob)
             self._patterns = {glob: resolve_pattern(value) for glob, value in pattern.items()}
             globs = list(self._patterns)
         else:
@@ -82,12 +92,11 @@ class Selection:
         elif include is not None:
             if not isinstance(include, Iterable):
                 raise TypeError(
-                    f"patch_model: include must be a glob, several globs, a function or None, "
-                    f"got {type(include).__name__}"
+                    f"{op}: include must be a glob, several globs, a function or None, got {type(include).__name__}"
                 )
             chosen = [include] if isinstance(include, str) else list(include)
             for glob in chosen:
-                _check_glob("include", glob)
+                _check_glob(op, "include", glob)
             self._include = lambda name, module: any(fnmatchcase(name, glob) for glob in chosen)
             globs += chosen
         self._globs = globs
@@ -104,11 +113,9 @@ class Selection:
         for glob in self._globs:
             if not any(fnmatchcase(name, glob) for name in names):
                 layers = ", ".join(names) or "none"
-                raise ValueError(
-                    f"patch_model: {glob!r} must match the name of an attention layer, which are: {layers}"
-                )
+                raise ValueError(f"{self._op}: {glob!r} must match the name of an attention layer, which are: {layers}")
 
 
-def _check_glob(argument: str, glob: object) -> None:
+def _check_glob(op: str, argument: str, glob: object) -> None:
     if not isinstance(glob, str):
-        raise TypeError(f"patch_model: {argument} must hold names or globs as strings, got {type(glob).__name__}")
+        raise TypeError(f"{op}: {argument} must hold names or globs as strings, got {type(glob).__name__}")

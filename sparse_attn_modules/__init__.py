@@ -3,9 +3,10 @@
 from .block_mask import BlockMask
 from .functional import block_sparse_attention
 from .modules import SAMAttentionSparse, SparseMultiheadAttention, ViTSparseAttention
-from .patching import DensitySchedule, patch_model, patch_report, unpatch_model
+from .patching import DensitySchedule, calibrate, patch_model, patch_report, unpatch_model
 from .patterns import (
     Butterfly,
+    CalibratedPattern,
     CustomPattern,
     Dense,
     DilatedLocal,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMask",
     "Butterfly",
+    "CalibratedPattern",
     "CustomPattern",
     "Dense",
     "DensitySchedule",
@@ -52,6 +54,7 @@ __all__ = [
     "Union",
     "ViTSparseAttention",
     "block_sparse_attention",
+    "calibrate",
     "patch_model",
     "patch_report",
     "unpatch_model",

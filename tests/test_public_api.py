@@ -10,6 +10,7 @@ def test_public_names_are_pinned():
     assert sparse_attn_modules.__all__ == [
         "BlockMask",
         "Butterfly",
+        "CalibratedPattern",
         "CustomPattern",
         "Dense",
         "DensitySchedule",
@@ -32,6 +33,7 @@ def test_public_names_are_pinned():
         "Union",
         "ViTSparseAttention",
         "block_sparse_attention",
+        "calibrate",
         "patch_model",
         "patch_report",
         "unpatch_model",

@@ -1,6 +1,7 @@
 """Patterns: rules that choose which blocks attention computes."""
 
 from .base import CustomPattern, Dense, Pattern, Union
+from .calibrated import CalibratedLayer, CalibratedPattern
 from .combined import Hybrid, ImageToPrompt
 from .dynamic import DynamicPattern, DynamicTopK, DynamicTopP
 from .local import DilatedLocal, LocalWindow, MultiScale, Streaming
@@ -10,6 +11,8 @@ from .spread import Butterfly, GlobalLocal, Random, RegionFocused, Strided
 __all__ = [
     "NAMED_PATTERNS",
     "Butterfly",
+    "CalibratedLayer",
+    "CalibratedPattern",
     "CustomPattern",
     "Dense",
     "DilatedLocal",
