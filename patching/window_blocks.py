@@ -26,8 +26,7 @@ def fit_window_blocks(model: nn.Module) -> None:
         original = current if memory is None else memory.module
         if not _is_wanted(original):
             if original is not current:
-                original.training = current.training
-                original._is_full_backward_hook = current._is_full_backward_hook
+                _carry_back(current, original)
                 parent._modules[key] = original
             continue
         if isinstance(current, SAMWindowBlock):
@@ -49,3 +48,11 @@ def _replacement(block: nn.Module) -> SAMWindowBlock:
     adopt(new, block)
     vars(new)["_original"] = Original(block)
     return new
+
+
+def _carry_back(current: nn.Module, original: nn.Module) -> None:
+    """Sets on the original what was set on its replacement; all else they share."""
+    original._is_full_backward_hook = current._is_full_backward_hook
+    for name, value in vars(current).items():
+        if not name.startswith("_") and name != "forward":
+            setattr(original, name, value)

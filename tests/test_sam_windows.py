@@ -5,11 +5,13 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sparse_attn_modules.patching import patch_model, patch_report, unpatch_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from sparse_attn_modules.modules import SAMAttentionSparse, SAMWindowBlock
-from sparse_attn_modules.patterns import LocalWindow
+from sparse_attn_modules.patterns import CustomPattern, LocalWindow
 from sparse_attn_modules.windows import partition, unpartition
 
 segment_anything = pytest.importorskip("segment_anything.modeling.image_encoder")
@@ -113,6 +115,28 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model.eval()(x), model(x))
 
 
+@pytest.mark.parametrize("library", BLOCKS)
+def test_dropped_weights_drop_the_bias_of_the_values_too(library):
+    block = make_block(library)
+    attention = SAMAttentionSparse.from_module(block.attn)
+    attention.attn_drop = nn.Dropout(1.0)
+    out = attention.train()(image(10, 11), window_size=WINDOW)
+    torch.testing.assert_close(out, block.attn.proj.bias.expand_as(out))
+
+
+def test_queries_without_keys_get_no_bias_of_values():
+    def of_first_tile(query_grid, key_grid, num_heads):
+        blocks = torch.zeros(1, query_grid.num_tiles, key_grid.num_tiles, dtype=torch.bool)
+        blocks[:, 0] = True
+        return blocks
+
+    block = make_block("segment_anything", window_size=16, use_rel_pos=False)
+    attention = SAMAttentionSparse.from_module(block.attn, CustomPattern(of_first_tile))
+    out = attention(image(16, 16), window_size=16)
+    assert not torch.allclose(out[:, :8], block.attn.proj.bias.expand_as(out[:, :8]))
+    torch.testing.assert_close(out[:, 8:], block.attn.proj.bias.expand_as(out[:, 8:]))
+
+
 class Adapter(nn.Module):
     """A low-rank addition to a projection, as LoRA makes it."""
 
@@ -130,16 +154,82 @@ def double_output(module, arguments, output):
     return 2 * output
 
 
-@pytest.mark.parametrize("change", ["qkv adapter", "proj adapter", "qkv hook", "proj hook"])
-def test_projections_that_are_more_than_linear(change):
+class AdapterOfSAMed(nn.Module):
+    """LoRA of queries and values that takes what it is given for [B, height, width, C], as SAMed's does."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.query, self.value = (nn.Linear(DIM, DIM, bias=False, dtype=linear.weight.dtype) for _ in range(2))
+
+    def forward(self, x):
+        projected = self.linear(x)
+        projected[:, :, :, :DIM] += self.query(x)
+        projected[:, :, :, -DIM:] += self.value(x)
+        return projected
+
+
+class ConvolvingAdapter(nn.Module):
+    """An adapter that mixes patches, as Conv-LoRA's does: it must see the windows of the library."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.mix = nn.Conv2d(linear.in_features, linear.out_features, 3, padding=1, dtype=linear.weight.dtype)
+
+    def forward(self, x):
+        return self.linear(x) + self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, change) for name in ("qkv", "proj") for change in (Adapter, ConvolvingAdapter, "hook", "forward")),
+        ("qkv", AdapterOfSAMed),
+    ],
+)
+def test_projections_that_are_more_than_linear(name, change):
     block = make_block("segment_anything")
-    name, what = change.split()
     projection = getattr(block.attn, name)
-    if what == "adapter":
-        setattr(block.attn, name, Adapter(projection))
-    else:
+    if change == "hook":
         projection.register_forward_hook(double_output)
-    assert_same(patched(copy.deepcopy(block))[0], block, torch.randn(2, 10, 11, DIM, dtype=torch.float64))
+    elif change == "forward":
+        linear = projection.forward
+        projection.forward = lambda x: 3 * linear(x)
+    else:
+        setattr(block.attn, name, change(projection))
+    x = image(10, 11)
+    expected = block(x)
+    model = patched(block)
+    torch.testing.assert_close(model(x), expected)
+    if change != "forward":  # a copy would call the block's own
+        unpatch_model(model)
+        assert_same(patched(copy.deepcopy(block))[0], block, x)
+
+
+def image(height, width):
+    return torch.randn(2, height, width, DIM, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["qkv", "proj"])
+def test_hooks_see_what_they_saw_in_the_library(name):
+    block = make_block("segment_anything")
+    seen = []
+    getattr(block.attn, name).register_forward_hook(lambda module, arguments, out: seen.append(out))
+    block(x := image(10, 11))
+    patched(block)(x)
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+def test_hooks_on_norms_are_called():
+    block = make_block("timm")
+    seen = []
+    block.attn.k_norm.register_forward_hook(lambda module, arguments, out: seen.append(out))
+    block(x := image(10, 11))
+    patched(block)(x)
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[1].reshape(seen[0].shape), seen[0])
 
 
 def test_float32_is_as_accurate_as_the_original():
@@ -187,15 +277,30 @@ def test_the_layer_by_itself():
         attention(x.flatten(1, 2), grid_size=(10, 11), window_size=WINDOW)
 
 
+class TokensProjected(TorchFunctionMode):
+    """Counts the vectors that go through attention's projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = set()
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function is F.linear:
+            self.counts.add(arguments[0].numel() // arguments[0].shape[-1])
+        return function(*arguments, **(named or {}))
+
+
 @pytest.mark.parametrize("library", BLOCKS)
 def test_no_padding_is_projected(library):
-    seen = []
     block = make_block(library)
+    x = torch.randn(1, 10, 11, DIM, dtype=torch.float64)
+    with TokensProjected() as expected:
+        block(x)
     model = patched(block)
-    block.attn.qkv = Adapter(block.attn.qkv)
-    block.attn.qkv.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].numel() // DIM))
-    model(torch.randn(1, 10, 11, DIM, dtype=torch.float64))
-    assert sorted(seen) == [1, 110]  # one token of zeros tells the biases; padded windows would be 144
+    with TokensProjected() as found:
+        model(x)
+    assert expected.counts == {144, 110}  # padded windows in attention; the image in the MLP
+    assert found.counts == {110, 1}  # and the bias of the values
 
 
 def test_patching_and_back():
@@ -225,6 +330,33 @@ def test_patching_and_back():
     assert block.attn is attention
     assert block.training
     torch.testing.assert_close(model.eval()(x), expected)
+
+
+def test_a_block_and_its_replacement_hold_the_same():
+    """What was registered or set on one before or after patching is found on the other."""
+    block = make_block("segment_anything")
+    block.register_parameter("gain", nn.Parameter(torch.ones(DIM)))
+    block.register_buffer("seen", torch.zeros(3), persistent=False)
+    model = nn.Sequential(block)
+    parameters, keys = set(model.parameters()), list(model.state_dict())
+    patch_model(model)
+    assert set(model.parameters()) == parameters
+    assert list(model.state_dict()) == keys
+    assert model[0].seen is block.seen
+    model[0].shift = nn.Parameter(torch.ones(DIM))
+    model[0].register_buffer("count", torch.zeros(1))
+    model[0].layer_id = 7
+    model.to(torch.float32)
+    keys = list(model.state_dict())
+    assert {"0.shift", "0.count"} < set(keys)
+    twin = copy.deepcopy(model)
+    for module in (model, twin):
+        unpatch_model(module)
+        assert type(module[0]) is segment_anything.Block
+        assert list(module.state_dict()) == keys
+        assert module[0].layer_id == 7
+        assert module[0].seen.dtype == torch.float32
+    assert model[0] is block
 
 
 def test_only_blocks_with_patched_attention_are_replaced():

@@ -13,11 +13,16 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
     Reading the weight of anything else would pass over what makes it different, silently.
     """
+    return is_plain(module, nn.Linear) and not is_traceable_wrapper_subclass(module.weight)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of exactly this class, with no hooks and with no forward method put in its place."""
     return (
-        type(module) is nn.Linear
+        type(module) is kind
+        and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and not is_traceable_wrapper_subclass(module.weight)
     )

@@ -7,7 +7,8 @@ Windows are read from the image itself. The encoder pads the image with zeros be
 value, so a window that hangs over it holds keys and values that equal their biases, and attends to them. A bias of the
 keys shifts all logits of a query alike, which its softmax does not see; a bias of the values passes through the average
 unchanged. So the same comes out if keys and values are projected without bias, those beyond the image are zero, and the
-bias of the values joins that of the output projection.
+bias of the values joins that of the output projection. Where there is no such average, or a projection is more than
+that, the image is padded and cut as the encoder does it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..patterns import Pattern
+from ..patterns import Dense, Pattern
 from ..relative_position import relative_position
 from ..token_grid import TokenGrid
 from ..windows import partition, unpartition
 from .base import SparseAttention
-from .plain_linear import is_plain_linear
+from .plain_linear import is_plain, is_plain_linear
 
 _NAME = "SAMAttentionSparse"
 _REPLACED = (
@@ -182,9 +183,21 @@ class SAMAttentionSparse(SparseAttention):
                 f"{_NAME}: window_size must be positive and x of shape [B, H, W, C], "
                 f"got {window_size} and {list(x.shape)}"
             )
-        if self.rope is not None or not all(isinstance(norm, nn.Identity) for norm in (self.q_norm, self.k_norm)):
-            return self._attend_in_padded_windows(x, (window_size, window_size))
-        return self._attend_in_windows(x, (window_size, window_size))
+        window, qkv, proj = TokenGrid(window_size, window_size), self.qkv, self.proj
+        if is_plain_linear(qkv) and is_plain_linear(proj) and self._averages_values(window, x.device):
+            return self._attend_in_windows(x, window, qkv, proj)
+        return self._attend_in_padded_windows(x, window)
+
+    def _averages_values(self, window: TokenGrid, device: torch.device) -> bool:
+        """Whether there is nothing between the projections but a softmax over at least one key of each query."""
+        if self.rope is not None or not (is_plain(self.q_norm, nn.Identity) and is_plain(self.k_norm, nn.Identity)):
+            return False
+        if self.training and self.attn_drop.p > 0:
+            return False
+        if isinstance(self.pattern, Dense):
+            return True
+        is_fixed = not self.pattern.is_dynamic_on(window, window)
+        return is_fixed and self.block_mask(window, self.num_heads, device).is_dense
 
     def _attend_to(self, x: Tensor, grid: TokenGrid) -> Tensor:
         """Attention of all tokens to all, as far as the pattern goes."""
@@ -196,31 +209,27 @@ class SAMAttentionSparse(SparseAttention):
         out = self._attend(query, key, value, grid, bias)
         return self.proj_drop(self.proj(self._like(x, out)))
 
-    def _attend_in_windows(self, x: Tensor, window: tuple[int, int]) -> Tensor:
+    def _attend_in_windows(self, x: Tensor, grid: TokenGrid, qkv: nn.Linear, proj: nn.Linear) -> Tensor:
         """Attention within windows of the image as it lies in memory."""
-        size = (x.shape[1], x.shape[2])
-        query, key, value, value_bias = self._project_without_key_and_value_bias(x)
+        size, window = (x.shape[1], x.shape[2]), (grid.height, grid.width)
+        query, key, value = self._project_in_parts(x, qkv, None)
         bias = None
         if self.use_rel_pos:
             bias = relative_position(query, self.rel_pos_h, self.rel_pos_w, size, window)
         query, key, value = (partition(tensor, size, window) for tensor in (query, key, value))
         if bias is not None:
             bias = partition(bias[0], size, window), partition(bias[1], size, window)
-        out = self._attend(query, key, value, TokenGrid(*window), bias)
+        out = self._attend(query, key, value, grid, bias)
         out = self._like(x, unpartition(out, size, window))
-        if value_bias is None:
-            out = self.proj(out)
-        elif is_plain_linear(self.proj):
-            out = F.linear(out, self.proj.weight, F.linear(value_bias, self.proj.weight, self.proj.bias))
-        else:
-            out = self.proj(out + value_bias)
-        return self.proj_drop(out)
+        width = x.shape[-1]
+        out_bias = proj.bias if qkv.bias is None else F.linear(qkv.bias[2 * width :], proj.weight, proj.bias)
+        return self.proj_drop(F.linear(out, proj.weight, out_bias))
 
-    def _attend_in_padded_windows(self, x: Tensor, window: tuple[int, int]) -> Tensor:
-        """The same where something between projection and product keeps the biases from cancelling."""
-        size = (x.shape[1], x.shape[2])
+    def _attend_in_padded_windows(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """The same, cut as the encoder does it: projections see the very windows that they see there."""
+        size, window = (x.shape[1], x.shape[2]), (grid.height, grid.width)
         windows = partition(x.flatten(1, 2)[:, None], size, window)  # [B · windows, 1, window patches, C]
-        out = self._attend_to(windows.squeeze(1).unflatten(1, window), TokenGrid(*window))
+        out = self._attend_to(windows.squeeze(1).unflatten(1, window), grid)
         return unpartition(out.flatten(1, 2)[:, None], size, window).view_as(x)
 
     def _attend(
@@ -243,18 +252,6 @@ class SAMAttentionSparse(SparseAttention):
             width = x.shape[-1]
             return self._project_in_parts(x, self.qkv, None if self.qkv.bias is None else self.qkv.bias[width:])
         return self._in_compute_dtype(self._heads(self.qkv(x), 3))
-
-    def _project_without_key_and_value_bias(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As :meth:`_project`; and the bias of the values, ``[C]``, None if there is none."""
-        width = x.shape[-1]
-        if is_plain_linear(self.qkv):
-            value_bias = None if self.qkv.bias is None else self.qkv.bias[2 * width :]
-            return *self._project_in_parts(x, self.qkv, None), value_bias
-        # Whatever the projection is made of, its biases are what it makes of zeros.
-        biases = self.qkv(x.new_zeros(1, width))[0]
-        is_query = torch.arange(3 * width, device=x.device) < width
-        projected = self._heads(self.qkv(x) - biases.masked_fill(is_query, 0), 3)
-        return *self._in_compute_dtype(projected), biases[2 * width :]
 
     def _project_in_parts(
         self, x: Tensor, qkv: nn.Linear, key_value_bias: Tensor | None

@@ -23,9 +23,10 @@ _REPLACED = (
 class SAMWindowBlock(nn.Module):
     """Drop-in for a window block of ``segment_anything``'s image encoder or of timm's ``samvit`` models.
 
-    It holds the very submodules of the block it replaces, and goes on holding the same ones as that: what is put in
-    one is put in both. Where attention is none of ours, or stochastic depth drops whole windows, it runs as the
-    library's block does. Modules that look at ``attn``, forward hooks say, see ``[B, H, W, C]`` rather than windows.
+    It holds the very submodules, parameters and buffers of the block it replaces, and goes on holding the same ones as
+    that: what is put in one is put in both. Where attention is none of ours, or stochastic depth drops whole windows,
+    it runs as the library's block does. Modules that look at ``attn``, forward hooks say, see ``[B, H, W, C]`` rather
+    than windows; projections that are more than ``nn.Linear``, by an adapter or a hook, get windows all the same.
     """
 
     attn: nn.Module
@@ -55,7 +56,8 @@ class SAMWindowBlock(nn.Module):
         for name, value in vars(block).items():
             if not name.startswith("_"):
                 setattr(new, name, value)
-        new._modules = block._modules
+        for name in _SHARED:
+            setattr(new, name, getattr(block, name))
         new._library_block = type(block)
         return new
 
@@ -75,6 +77,7 @@ class SAMWindowBlock(nn.Module):
         return f"window_size={self.window_size}"
 
 
+_SHARED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _OF_TIMM = ("ls1", "drop_path1", "ls2", "drop_path2")
 
 
