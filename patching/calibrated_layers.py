@@ -48,6 +48,7 @@ def _patterns_by_name(pattern: CalibratedPattern, slots: Sequence[Slot], wanted:
     prefix, removed = _place(list(known), set(names.values()), {names[name] for name in wanted})
     patterns: dict[str, Pattern] = {}
     unknown = []
+    has_other_weights = False
     for slot in slots:
         name = names[slot.name]
         if slot.name not in wanted or not name.startswith(prefix):
@@ -59,11 +60,17 @@ def _patterns_by_name(pattern: CalibratedPattern, slots: Sequence[Slot], wanted:
             continue
         layer = known[own]
         _check(layer, slot)
+        has_other_weights |= _has_other_weights(layer, slot.original)
         patterns[slot.name] = Dense() if layer.is_dense else layer
     if unknown:
         raise ValueError(
             f"{_OP}: it must know every attention layer of this model, got one of {len(known)} layers "
             f"without {_some(unknown)}"
+        )
+    if has_other_weights:
+        log_once(
+            f"{_OP}: the weights of the model are not those it was calibrated with: the blocks that were chosen may "
+            "not be where its attention lies"
         )
     return patterns
 
@@ -106,7 +113,7 @@ def _check(layer: CalibratedLayer, slot: Slot) -> None:
     verdict = slot.verdict
     if isinstance(verdict, LeftAlone):
         raise ValueError(
-            f"{_OP}: {slot.name} must be a layer that can be patched, got one left alone: {verdict.reason}"
+            f"{_OP}: {slot.name} must be a layer that can be patched, got one that cannot: {verdict.reason}"
         )
     for what, ours, theirs in (
         ("heads", layer.num_heads, verdict.num_heads),
@@ -120,7 +127,6 @@ def _check(layer: CalibratedLayer, slot: Slot) -> None:
             f"{_OP}: {slot.name} must work on the grid of calibration, {layer.grid}, got {geometry[0]}; calibrate at "
             "this image size"
         )
-    _compare_weights(layer, slot)
 
 
 def _fits(ours: TokenGrid, theirs: TokenGrid, is_fixed: bool) -> bool:
@@ -147,18 +153,12 @@ def sample_weights(layer: nn.Module) -> tuple[float, ...]:
     return tuple(round(weight, 6) for weight in flat[index.long()].double().tolist())
 
 
-def _compare_weights(layer: CalibratedLayer, slot: Slot) -> None:
-    ours, theirs = layer.weights, sample_weights(slot.original)
+def _has_other_weights(layer: CalibratedLayer, module: nn.Module) -> bool:
+    ours, theirs = layer.weights, sample_weights(module)
     if not ours or not theirs:
-        return
-    if len(ours) == len(theirs):
-        difference = sum((a - b) ** 2 for a, b in zip(ours, theirs)) ** 0.5
-        if difference <= _TOLERANCE * sum(a * a for a in ours) ** 0.5:
-            return
-    log_once(
-        f"{_OP}: the weights of the model are not those it was calibrated with (seen first in {slot.name}): the blocks "
-        "may not be where its attention lies"
-    )
+        return False
+    difference = sum((a - b) ** 2 for a, b in zip(ours, theirs)) ** 0.5
+    return len(ours) != len(theirs) or difference > _TOLERANCE * sum(a * a for a in ours) ** 0.5
 
 
 def _some(names: Sequence[str]) -> str:
