@@ -9,12 +9,11 @@ training run that is resumed sees what it would have seen.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from scene_parts import NUM_CLASSES, drawn, handwritings_by_class, handwritten_digits, square_photographs
 from torch import Tensor
 
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "moon", "rocket")
 MEAN, STD = 0.4, 0.25  # of pixels in [0, 1], about
-_TRAINING_SHARE = 0.75
 _MARGIN = 1.25  # side of the photographs over that of the crops
 
 
@@ -29,21 +28,16 @@ class DigitsOnPhotographs:
         seed: of everything that is drawn.
     """
 
-    num_classes = 10
+    num_classes = NUM_CLASSES
 
     def __init__(
         self, size: int, digit_sizes: tuple[float, float], copies: int, device: torch.device, seed: int = 0
     ) -> None:
         self.size, self.digit_sizes, self.copies, self.device, self.seed = size, digit_sizes, copies, device, seed
-        self._photographs = _photographs(round(_MARGIN * size)).movedim(1, -1).to(device)  # [P, S, S, 3]
-        digits, labels = _digits()
-        self._digits = digits.to(device)  # [1797, 1, 8, 8]
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        count = round(_TRAINING_SHARE * len(labels))
-        self._by_class = {
-            split: [chosen[labels[chosen] == label] for label in range(self.num_classes)]
-            for split, chosen in (("training", order[:count]), ("validation", order[count:]))
-        }
+        self._photographs = square_photographs(PHOTOGRAPHS, round(_MARGIN * size)).movedim(1, -1).to(device)
+        digits, labels = handwritten_digits()
+        self._digits = digits.to(device)
+        self._by_class = handwritings_by_class(labels)
 
     def batch(self, split: str, index: int, count: int) -> tuple[Tensor, Tensor]:
         """Images ``[count, 3, size, size]``, normalised, and labels ``[count]`` of one batch.
@@ -65,8 +59,8 @@ class DigitsOnPhotographs:
         smallest, largest = (side / self.size for side in self.digit_sizes)
         for _ in range(self.copies):
             hands = [self._by_class[split][label] for label in labels.tolist()]
-            drawn = uniform(0, 1).tolist()
-            chosen = torch.stack([hand[int(part * len(hand))] for hand, part in zip(hands, drawn)])
+            parts = uniform(0, 1).tolist()
+            chosen = torch.stack([hand[int(part * len(hand))] for hand, part in zip(hands, parts)])
             scale = smallest * (largest / smallest) ** uniform(0, 1)  # even on a logarithmic axis
             centre = uniform(-1, 1, 2) * (1 - scale[:, None])
             ink = torch.maximum(ink, self._placed(self._digits[chosen.to(self.device)], centre, scale))
@@ -90,28 +84,4 @@ class DigitsOnPhotographs:
         turn = torch.eye(2) / scale[:, None, None]
         shift = -centre / scale[:, None]
         place = torch.cat([turn, shift[..., None]], dim=-1).to(self.device)  # [B, 2, 3]
-        grid = F.affine_grid(place, [len(digits), 1, self.size, self.size], align_corners=False)
-        return F.grid_sample(digits, grid, mode="bilinear", align_corners=False)
-
-
-def _digits() -> tuple[Tensor, Tensor]:
-    """Handwritten digits ``[1797, 1, 8, 8]`` in [0, 1] and what they are."""
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
-    return torch.from_numpy(loaded.images).float()[:, None] / 16, torch.from_numpy(loaded.target).long()
-
-
-def _photographs(side: int) -> Tensor:
-    """Square photographs ``[P, 3, side, side]`` in [0, 1]."""
-    from skimage import data
-
-    squares = []
-    for name in PHOTOGRAPHS:
-        pixels = torch.from_numpy(getattr(data, name)().copy()).float() / 255
-        pixels = pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels.expand(3, -1, -1)  # [3, H, W]
-        shorter = min(pixels.shape[-2:])
-        top, left = (pixels.shape[-2] - shorter) // 2, (pixels.shape[-1] - shorter) // 2
-        square = pixels[None, :, top : top + shorter, left : left + shorter]
-        squares.append(F.interpolate(square, (side, side), mode="bilinear", antialias=True, align_corners=False))
-    return torch.cat(squares).clamp(0, 1)
+        return drawn(digits, place, self.size)
