@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..patterns import Dense, Pattern
 from ..relative_position import relative_position
 from ..token_grid import TokenGrid
+from ..window_attention import why_not_in_place, window_attention
 from ..windows import partition, unpartition
 from .base import SparseAttention
 from .plain_linear import is_plain, is_plain_linear
@@ -216,11 +217,16 @@ class SAMAttentionSparse(SparseAttention):
         bias = None
         if self.use_rel_pos:
             bias = relative_position(query, self.rel_pos_h, self.rel_pos_w, size, window)
-        query, key, value = (partition(tensor, size, window) for tensor in (query, key, value))
-        if bias is not None:
-            bias = partition(bias[0], size, window), partition(bias[1], size, window)
-        out = self._attend(query, key, value, grid, bias)
-        out = self._like(x, unpartition(out, size, window))
+        arguments = query, key, value, size, window
+        options: dict[str, Any] = {"scale": self.scale, "relative_position": bias}
+        if self.backend in (None, "cuda") and why_not_in_place(*arguments, **options) is None:
+            out = window_attention(*arguments, **options)
+        else:
+            query, key, value = (partition(tensor, size, window) for tensor in (query, key, value))
+            if bias is not None:
+                bias = partition(bias[0], size, window), partition(bias[1], size, window)
+            out = unpartition(self._attend(query, key, value, grid, bias), size, window)
+        out = self._like(x, out)
         width = x.shape[-1]
         out_bias = proj.bias if qkv.bias is None else F.linear(qkv.bias[2 * width :], proj.weight, proj.bias)
         return self.proj_drop(F.linear(out, proj.weight, out_bias))
