@@ -23,6 +23,18 @@ Launch forward_for(int64_t head_dim) {
     return launch_forward<T, 128>;
 }
 
+void launch(const ForwardParams& params, const Tensor& query, bool relative_position, int32_t device) {
+    const Launch launch = query.scalar_type() == ScalarType::BFloat16 ? forward_for<__nv_bfloat16>(query.size(3))
+                                                                      : forward_for<__half>(query.size(3));
+    check_launch(launch(params, relative_position, device, current_stream(device)));
+}
+
+void set_scale(ForwardParams& params, double scale) {
+    params.scale = float(scale);
+    params.scale_log2 = float(scale * 1.4426950408889634);
+    params.inverse_scale = float(1.0 / scale);
+}
+
 void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
                   const std::optional<Tensor>& lse, const std::optional<Tensor>& key_counts,
                   const std::optional<Tensor>& key_indices, const std::optional<Tensor>& row_order,
@@ -45,9 +57,7 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     params.batch = int(batch);
     params.query_heads = int(heads);
     params.heads_per_key_head = int(heads / key_heads);
-    params.scale = float(scale);
-    params.scale_log2 = float(scale * 1.4426950408889634);
-    params.inverse_scale = float(1.0 / scale);
+    set_scale(params, scale);
 
     const Lists lists = index_lists("key_counts, key_indices", key_counts, key_indices, params.query_grid.num_blocks,
                                     params.key_grid.num_blocks);
@@ -78,10 +88,58 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
     params.lse = pointer<float>(lse);
     params.dropout = dropout_params(dropout_seed, dropout_p);
+    launch(params, query, rel_h.has_value(), device);
+}
 
-    const Launch launch = query.scalar_type() == ScalarType::BFloat16 ? forward_for<__nv_bfloat16>(head_dim)
-                                                                      : forward_for<__half>(head_dim);
-    check_launch(launch(params, rel_h.has_value(), device, current_stream(device)));
+// Dense attention within windows of the image of `grid` {height, width}, which are cut from its first token on.
+void forward_windows_sm90(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+                          const std::optional<Tensor>& rel_h, const std::optional<Tensor>& rel_w,
+                          const std::vector<int64_t>& grid, const std::vector<int64_t>& window, double scale) {
+    STD_TORCH_CHECK(grid.size() == 2 && window.size() == 2 && window[0] > 0 && window[1] > 0,
+                    "window_attention: grid and window must be (height, width)");
+    constexpr int kTileHeight = 8, kTileWidth = 16;
+    const GridParams image = grid_params("grid", {grid[0], grid[1], 0, 0, kTileHeight, kTileWidth});
+    const int64_t batch = query.size(0), heads = query.size(1), head_dim = query.size(3), key_heads = key.size(1);
+    check_shape("query", query, {batch, heads, tokens(image), head_dim});
+    check_shape("key", key, {batch, key_heads, tokens(image), head_dim});
+    check_shape("value", value, {batch, key_heads, tokens(image), head_dim});
+    check_shape("out", out, {batch, heads, tokens(image), head_dim});
+    const int64_t columns = (grid[1] + window[1] - 1) / window[1];
+    const int64_t per_image = columns * ((grid[0] + window[0] - 1) / window[0]);
+    check_sizes(batch * per_image, heads, head_dim, scale);
+    if (query.numel() == 0) return;
+
+    ForwardParams params{};
+    params.query_grid = grid_params("window", {window[0], window[1], 0, 0, kTileHeight, kTileWidth});
+    params.key_grid = params.query_grid;
+    params.windows.height = image.height;
+    params.windows.width = image.width;
+    params.windows.columns = int(columns);
+    params.windows.per_image = int(per_image);
+    params.windows.columns_reciprocal = reciprocal(columns);
+    params.windows.per_image_reciprocal = reciprocal(per_image);
+    params.batch = int(batch * per_image);
+    params.query_heads = int(heads);
+    params.heads_per_key_head = int(heads / key_heads);
+    set_scale(params, scale);
+
+    const int32_t device = query.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    params.query = encode_tokens("query", query, image, 64, true);
+    params.key = encode_tokens("key", key, image, 64, true);
+    params.value = encode_tokens("value", value, image, 64, true);
+    const Part all{0, image.width, image.height};
+    const int last_width = params.query_grid.width - (params.query_grid.tile_columns - 1) * kTileWidth;
+    params.out.image = encode_part("out", out, all, {64, last_width, 1}, true);
+    params.windows.out_row = encode_part("out", out, all, {64, kTileWidth, 1}, true);
+    if (rel_h.has_value()) {
+        check_shape("rel_h", *rel_h, {batch, heads, tokens(image), window[0]});
+        check_shape("rel_w", *rel_w, {batch, heads, tokens(image), window[1]});
+        params.rel_h = encode_tokens("rel_h", *rel_h, image, kTileHeight, false);
+        params.rel_w = encode_tokens("rel_w", *rel_w, image, kTileWidth, false);
+    }
+    params.mask_keys = true;  // the variants that have windows
+    launch(params, query, rel_h.has_value(), device);
 }
 
 }  // namespace
@@ -89,5 +147,6 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn_modules, CUDA, library) {
     library.impl("forward_sm90", TORCH_BOX(&sparse_attn::forward_sm90));
+    library.impl("forward_windows_sm90", TORCH_BOX(&sparse_attn::forward_windows_sm90));
     library.impl("backward_sm90", TORCH_BOX(&sparse_attn::backward_sm90));
 }

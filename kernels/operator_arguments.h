@@ -20,6 +20,11 @@ namespace sparse_attn {
 
 using torch::stable::Tensor;
 
+// With which the kernels divide by a number above 1: ceil(2^32 / divisor).
+inline uint32_t reciprocal(int64_t divisor) {
+    return uint32_t(((uint64_t(1) << 32) + uint64_t(divisor) - 1) / uint64_t(divisor));
+}
+
 // As TokenGrid packs it: {height, width, prefix, suffix, tile height, tile width}
 inline GridParams grid_params(const char* name, const std::vector<int64_t>& grid) {
     STD_TORCH_CHECK(grid.size() == 6, "block_sparse_attention: ", name, " must have 6 entries, got ", grid.size());
@@ -42,7 +47,7 @@ inline GridParams grid_params(const char* name, const std::vector<int64_t>& grid
     const uint64_t columns = uint64_t(params.tile_columns);
     STD_TORCH_CHECK(uint64_t(params.tile_blocks) * columns < (uint64_t(1) << 32), "block_sparse_attention: ", name,
                     " must have fewer blocks, got ", params.tile_blocks, " in rows of ", columns);
-    params.tile_columns_reciprocal = uint32_t(((uint64_t(1) << 32) + columns - 1) / columns);
+    params.tile_columns_reciprocal = reciprocal(params.tile_columns);
     params.num_blocks = params.prefix_blocks + params.tile_blocks + (params.suffix + kBlockTokens - 1) / kBlockTokens;
     return params;
 }

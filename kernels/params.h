@@ -32,13 +32,24 @@ struct DropoutParams {
     float inverse_keep;   // what the others are multiplied by
 };
 
+// Attention within windows of an image: the windows of all images stand where the batch does otherwise, and the grids of
+// queries and keys are that of one window, while tensors are those of whole images.
+struct WindowParams {
+    int height, width;       // of the image, in tokens; 0: there are no windows
+    int columns, per_image;  // windows in a row of windows, and in an image
+    uint32_t columns_reciprocal, per_image_reciprocal;  // ceil(2^32 / n), 0 for 1
+    CUtensorMap out_row;     // box: 64 of head_dim x one row of a tile that has tiles to its right
+};
+
 struct ForwardParams {
     TensorMaps query, key, value;  // box: 64 of head_dim x one block
-    TensorMaps out;           // box: 64 of head_dim x half a block, what one warpgroup writes
+    TensorMaps out;           // box: 64 of head_dim x half a block, what one warpgroup writes; or, of windows, one row of
+                              // a tile in the last column
     TensorMaps rel_h, rel_w;  // [B, Hq, Nq, Kh], [B, Hq, Nq, Kw]; box: one tile height (width) x one block of queries
 
     GridParams query_grid, key_grid;
     int batch, query_heads, heads_per_key_head;
+    WindowParams windows;
 
     const int32_t* key_counts;   // [B | 1, Hq | 1, Q]; null: every key block is active, and the two below are null
     const int32_t* key_indices;  // [B | 1, Hq | 1, Q, K], active key blocks first

@@ -7,6 +7,7 @@
 #include "softmax.cuh"
 #include "tma.cuh"
 #include "token_grid.cuh"
+#include "window.cuh"
 
 namespace sparse_attn {
 
@@ -33,17 +34,43 @@ __device__ __forceinline__ void stage_rows(uint32_t rows, const float (&out)[kCo
     }
 }
 
-// Starts the copy of half a block; one thread calls it.
 template <int kHeadDim>
-__device__ __forceinline__ void store_rows(const ForwardParams& params, BlockCode query_block, int head, int batch,
-                                           int half, const unsigned char* rows) {
-    TileCoordinates at = half_block_at(params.query_grid, query_block, half, head, batch);
-    with_map(params.out, query_block, [&](const CUtensorMap* map) {
+__device__ __forceinline__ void store_chunks(const CUtensorMap* map, TileCoordinates at, const unsigned char* rows) {
 #pragma unroll
-        for (at.column = 0; at.column < kHeadDim; at.column += 64) {
-            tma_store(map, rows + (at.column / 64) * (kBlockTokens * 128), at);
+    for (at.column = 0; at.column < kHeadDim; at.column += 64) {
+        tma_store(map, rows + (at.column / 64) * (kBlockTokens * 128), at);
+    }
+}
+
+// Copies half a block of a window row by row: a tile's slots beyond the window belong to its neighbours.
+template <int kHeadDim>
+__device__ __forceinline__ void store_rows_of_window(const ForwardParams& params, TileCoordinates at, const Origin& origin,
+                                                     const unsigned char* rows) {
+    const GridParams& grid = params.query_grid;
+    const bool is_last = at.x + grid.tile_width >= grid.width;
+    const int count = min(grid.height - at.y, grid.tile_height / 2);
+    at.x += origin.x;
+    at.y += origin.y;
+    at.batch = origin.batch;
+    for (int row = 0; row < count; row++, at.y++, rows += grid.tile_width * 128) {
+        if (is_last) {
+            store_chunks<kHeadDim>(&params.out.image, at, rows);
+        } else {
+            store_chunks<kHeadDim>(&params.windows.out_row, at, rows);
         }
-    });
+    }
+}
+
+// Starts the copy of half a block; one thread calls it. `entry` is one of the batch, or a window.
+template <int kHeadDim, bool kWindows>
+__device__ __forceinline__ void store_rows(const ForwardParams& params, BlockCode query_block, int head, int entry,
+                                           int half, const unsigned char* rows) {
+    const TileCoordinates at = half_block_at(params.query_grid, query_block, half, head, entry);
+    if (kWindows && params.windows.height > 0) {
+        store_rows_of_window<kHeadDim>(params, at, origin_of<kWindows>(params, entry), rows);
+    } else {
+        with_map(params.out, query_block, [&](const CUtensorMap* map) { store_chunks<kHeadDim>(map, at, rows); });
+    }
     tma_store_commit();
 }
 

@@ -40,6 +40,8 @@ struct PairedForward {
 
     struct NoBias {};
     using Bias = std::conditional_t<kRelativePosition, RelativePositionTile<T>, NoBias>;
+    // Tiles hang over windows, so the variants with masked keys have them; without windows that costs a branch per load.
+    static constexpr bool kWindows = kMaskedKeys;
 
     struct Storage {
         alignas(1024) unsigned char query[kTileBytes];  // holds the output at the end
@@ -56,15 +58,16 @@ struct PairedForward {
     static_assert(2 * (sizeof(Storage) + 1024) <= 228 * 1024, "two thread blocks must fit in one multiprocessor");
 
     // Loads are called by a whole warp.
-    static __device__ __forceinline__ void load(unsigned char* tile, const TensorMaps& maps, const GridParams& grid,
-                                                BlockCode block, int head, uint64_t* full) {
-        const TileCoordinates at{0, head, x_of(grid, block), y_of(grid, block), int(blockIdx.z)};
+    static __device__ __forceinline__ void load(unsigned char* tile, const ForwardParams& params, const TensorMaps& maps,
+                                                const GridParams& grid, BlockCode block, int head, uint64_t* full) {
+        const Origin origin = origin_of<kWindows>(params, blockIdx.z);
+        const TileCoordinates at{0, head, origin.x + x_of(grid, block), origin.y + y_of(grid, block), origin.batch};
         with_map(maps, block, [&](const CUtensorMap* map) { tma_load(tile, map, at, full); });
     }
 
     static __device__ __forceinline__ void load_query(Storage& storage, const ForwardParams& params, BlockCode block) {
         barrier_arrive_expect(&storage.query_full, kTileBytes);
-        load(storage.query, params.query, params.query_grid, block, blockIdx.y, &storage.query_full);
+        load(storage.query, params, params.query, params.query_grid, block, blockIdx.y, &storage.query_full);
     }
 
     static __device__ __forceinline__ void load_key(Storage& storage, const ForwardParams& params, int stage,
@@ -72,11 +75,13 @@ struct PairedForward {
         const bool has_bias = kRelativePosition && part_of(key_block) == kImage;
         uint64_t* full = &storage.key_full[stage];
         barrier_arrive_expect(full, kTileBytes + (has_bias ? kBiasBytes : 0));
-        load(storage.key[stage], params.key, params.key_grid, key_block, key_head(params), full);
+        load(storage.key[stage], params, params.key, params.key_grid, key_block, key_head(params), full);
         if constexpr (kRelativePosition) {
             if (!has_bias) return;
-            const int query_x = x_of(params.query_grid, query_block), query_y = y_of(params.query_grid, query_block);
-            const int head = blockIdx.y, batch = blockIdx.z;
+            const Origin origin = origin_of<kWindows>(params, blockIdx.z);
+            const int query_x = origin.x + x_of(params.query_grid, query_block);
+            const int query_y = origin.y + y_of(params.query_grid, query_block);
+            const int head = blockIdx.y, batch = origin.batch;
             const int x = x_of(params.key_grid, key_block), y = y_of(params.key_grid, key_block);
             with_map(params.rel_h, query_block, [&](const CUtensorMap* map) {
                 tma_load(storage.bias[stage].rel_h, map, {y, head, query_x, query_y, batch}, full);
@@ -91,7 +96,7 @@ struct PairedForward {
                                                       BlockCode key_block) {
         uint64_t* full = &storage.value_full[stage];
         barrier_arrive_expect(full, kTileBytes);
-        load(storage.value[stage], params.value, params.key_grid, key_block, key_head(params), full);
+        load(storage.value[stage], params, params.value, params.key_grid, key_block, key_head(params), full);
     }
 
     static __device__ __forceinline__ int key_head(const ForwardParams& params) {
@@ -131,6 +136,7 @@ struct PairedForward {
     }
 
     static __device__ __forceinline__ void run(const ForwardParams& params, Storage& storage) {
+        if (lies_outside<kWindows>(params, code_of_block(params.query_grid, blockIdx.x), blockIdx.z)) return;
         const int warpgroup = warp_uniform(threadIdx.x / 128), warp = warp_uniform(threadIdx.x / 32);
         prefetch_maps(params);
         write_ones(storage);
@@ -311,7 +317,7 @@ struct PairedForward {
         fence_async_proxy();
         warpgroup_sync(warpgroup);
         if (threadIdx.x % 128 == 0) {
-            store_rows<kHeadDim>(params, storage.query_block, head, batch, warpgroup, rows);
+            store_rows<kHeadDim, kWindows>(params, storage.query_block, head, batch, warpgroup, rows);
         }
     }
 };

@@ -32,6 +32,8 @@ struct PersistentForward {
     static constexpr int kBiasBytes =
         kRelativePosition ? kBlockTokens * (kBiasTileHeight + kBiasTileWidth) * int(sizeof(T)) : 0;
 
+    static constexpr bool kWindows = kMaskedKeys && !kDropout;
+
     struct NoBias {};
     using Bias = std::conditional_t<kRelativePosition, RelativePositionTile<T>, NoBias>;
 
@@ -59,13 +61,16 @@ struct PersistentForward {
     // Heads follow each other, so that their keys and values stay in the cache. Every other one starts with its shortest
     // rows: a thread block meets about the same ranks in each head, and so long and short rows balance.
     struct Work {
-        int rank, head, batch;
+        int rank, head, entry;  // of the batch, or the window
         __device__ __forceinline__ Work(const ForwardParams& params, int index) {
             const int rows = params.query_grid.num_blocks, any_head = index / rows;
             rank = index - any_head * rows;
             if (any_head % 2) rank = rows - 1 - rank;
-            batch = any_head / params.query_heads;
-            head = any_head - batch * params.query_heads;
+            entry = any_head / params.query_heads;
+            head = any_head - entry * params.query_heads;
+        }
+        __device__ __forceinline__ bool is_none(const ForwardParams& params) const {
+            return lies_outside<kWindows>(params, code_of_block(params.query_grid, rank), entry);
         }
     };
     static __device__ __forceinline__ int work_count(const ForwardParams& params) {
@@ -95,17 +100,18 @@ struct PersistentForward {
         __syncwarp();
         barrier_arrive_expect(&storage.query_full[slot], key_count > 0 ? kTileBytes : 0);
         if (key_count == 0) return;
-        const GridParams& grid = params.query_grid;
-        load_tile(storage.query[slot], params.query, block, {0, work.head, x_of(grid, block), y_of(grid, block), work.batch},
-                  &storage.query_full[slot]);
+        const Origin origin = origin_of<kWindows>(params, work.entry);
+        const int x = origin.x + x_of(params.query_grid, block), y = origin.y + y_of(params.query_grid, block);
+        load_tile(storage.query[slot], params.query, block, {0, work.head, x, y, origin.batch}, &storage.query_full[slot]);
     }
 
     static __device__ __forceinline__ void load_stage(Storage& storage, const ForwardParams& params, Ring ring,
                                                       const Work& work, int key_head, BlockCode query_block,
                                                       BlockCode key_block) {
         const int stage = ring.slot();
+        const Origin origin = origin_of<kWindows>(params, work.entry);
         const int x = x_of(params.key_grid, key_block), y = y_of(params.key_grid, key_block);
-        const TileCoordinates at{0, key_head, x, y, work.batch};
+        const TileCoordinates at{0, key_head, origin.x + x, origin.y + y, origin.batch};
         const bool has_bias = kRelativePosition && part_of(key_block) == kImage;
         uint64_t* key_full = &storage.key_full[stage];
         barrier_wait(&storage.key_free[stage], ring.parity() ^ 1);
@@ -115,12 +121,13 @@ struct PersistentForward {
         load_tile(storage.key[stage], params.key, key_block, at, key_full);
         if constexpr (kRelativePosition) {
             if (has_bias) {
-                const int query_x = x_of(params.query_grid, query_block), query_y = y_of(params.query_grid, query_block);
+                const int query_x = origin.x + x_of(params.query_grid, query_block);
+                const int query_y = origin.y + y_of(params.query_grid, query_block);
                 with_map(params.rel_h, query_block, [&](const CUtensorMap* map) {
-                    tma_load(storage.bias[stage].rel_h, map, {y, work.head, query_x, query_y, work.batch}, key_full);
+                    tma_load(storage.bias[stage].rel_h, map, {y, work.head, query_x, query_y, origin.batch}, key_full);
                 });
                 with_map(params.rel_w, query_block, [&](const CUtensorMap* map) {
-                    tma_load(storage.bias[stage].rel_w, map, {x, work.head, query_x, query_y, work.batch}, key_full);
+                    tma_load(storage.bias[stage].rel_w, map, {x, work.head, query_x, query_y, origin.batch}, key_full);
                 });
             }
         }
@@ -133,8 +140,9 @@ struct PersistentForward {
         Ring queries, stages;
         for (int index = blockIdx.x; index < work_count(params); index += gridDim.x) {
             const Work work(params, index);
+            if (work.is_none(params)) continue;
             const int key_head = work.head / params.heads_per_key_head;
-            const QueryRow row = query_row(params, work.rank, work.head, work.batch);
+            const QueryRow row = query_row(params, work.rank, work.head, work.entry);
             const BlockCode query_block = warp_uniform(code_of_block(params.query_grid, row.block));
             KeyList keys;
             keys.open(params, row.list);
@@ -199,7 +207,7 @@ struct PersistentForward {
     static __device__ __forceinline__ void find_dropout_rows(uint32_t (&rows)[2], const ForwardParams& params,
                                                              BlockCode query_block, const Work& work) {
         const BlockPlace place(params.query_grid, query_block);
-        const int any_head = work.batch * params.query_heads + work.head, slot = query_row_of_thread();
+        const int any_head = work.entry * params.query_heads + work.head, slot = query_row_of_thread();
         rows[0] = dropout_row(params.dropout, any_head, place.token(slot));
         rows[1] = dropout_row(params.dropout, any_head, place.token(slot + 8));
     }
@@ -220,6 +228,7 @@ struct PersistentForward {
 
         for (int index = blockIdx.x; index < work_count(params); index += gridDim.x) {
             const Work work(params, index);
+            if (work.is_none(params)) continue;
             const int slot = queries.slot();
             barrier_wait(&storage.query_full[slot], queries.parity());
             queries.uses++;
@@ -248,7 +257,7 @@ struct PersistentForward {
                 };
                 const int stage = stages.slot();
                 barrier_wait(&storage.key_full[stage], stages.parity());
-                begin_logits(storage, params, logits, stage, work.batch, key_block);
+                begin_logits(storage, params, logits, stage, work.entry, key_block);
                 await_turn(warpgroup);
                 issue_query_key(logits, query_tile, tile_along_rows(storage.key[stage]));
                 if (!kKeepsTurn) give_turn(warpgroup ^ 1);
@@ -271,7 +280,7 @@ struct PersistentForward {
                     stages.uses++;
                     const int key_stage = stages.slot();
                     barrier_wait(&storage.key_full[key_stage], stages.parity());
-                    begin_logits(storage, params, logits, key_stage, work.batch, key_block);
+                    begin_logits(storage, params, logits, key_stage, work.entry, key_block);
                     await_turn(warpgroup);
                     issue_query_key(logits, query_tile, tile_along_rows(storage.key[key_stage]));
                     barrier_wait(&storage.value_full[value_stage], value_parity);
@@ -307,7 +316,7 @@ struct PersistentForward {
             const BlockCode query_block = from_lane_0(storage.query_block[slot]);
             if (params.lse != nullptr) {
                 const BlockPlace place(params.query_grid, query_block);
-                write_log_sum(params, place, work.head, work.batch, query_row_of_thread(), log_sum);
+                write_log_sum(params, place, work.head, work.entry, query_row_of_thread(), log_sum);
             }
             release_stored();
             warpgroup_sync(warpgroup);
@@ -315,7 +324,7 @@ struct PersistentForward {
             fence_async_proxy();
             warpgroup_sync(warpgroup);
             if (leader) {
-                store_rows<kHeadDim>(params, query_block, work.head, work.batch, warpgroup, rows);
+                store_rows<kHeadDim, kWindows>(params, query_block, work.head, work.entry, warpgroup, rows);
                 stored_slot = slot;
             }
         }
