@@ -94,7 +94,8 @@ def attending_by(model: nn.Module, make: Callable[[SparseAttention, nn.Module], 
     children = {id(module._modules): (module._modules, dict(module._modules)) for module in modules}
     sources = [(module, installed_sources(module)) for module in modules]
     try:
-        patch_model(model, Dense())
+        # The backend that needs no compiler, any dtype, and memory that grows with the number of tokens.
+        patch_model(model, Dense(), backend="gathered")
         for slot in attention_slots(model):
             if isinstance(slot.current, SparseAttention) and slot.current is not slot.original:
                 vars(slot.current)["attend"] = make(slot.current, slot.original)
