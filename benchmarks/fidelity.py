@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 from block_selectors import SELECTORS, Given
+from fidelity_summary import COLUMNS
 from kept_mass import AttentionSample
-from records import Column, Row, environment, result_path, table, write
+from records import Row, environment, result_path, table, write
 from torch import nn
 
 from sparse_attn_modules import Dense, patch_model, unpatch_model
@@ -39,22 +40,6 @@ from testbed.train import loss_of  # noqa: E402
 VALIDATION = 1000  # number of the first batch that is measured on: none that a training was watched by
 CALIBRATION = 1 << 20  # and of the first that is calibrated on, from the scenes of training; and tuned on, after it
 DENSE = "dense"
-
-COLUMNS = [
-    Column("blocks chosen by", "selector"),
-    Column("fine-tuned", "tuned"),
-    Column("density", "density", ".3f"),
-    Column("mass kept", "mass", ".3f"),
-    Column("agreement, %", "agreement", ".2f"),
-    Column("accuracy, %", "accuracy", ".2f"),
-    Column("lost", lambda row: row["dense_accuracy"] - row["accuracy"], ".2f"),
-]
-
-
-def at_quarter(rows: list[Row]) -> list[Row]:
-    """The rows of about a quarter of the blocks, the best first, and dense ones."""
-    chosen = [row for row in rows if row["target"] in (0.25, 1.0) or 0.2 <= row["density"] <= 0.3]
-    return sorted(chosen, key=lambda row: (row["tuned"], -row["accuracy"]))
 
 
 def main() -> None:
