@@ -8,6 +8,7 @@ from sparse_attn_modules.patching import AttentionMass, LayerMass, measure_atten
 from sparse_attn_modules.patching import calibration as calibration_module
 from sparse_attn_modules.patching.observing import AttentionCall
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_attn_modules import (
     BlockMask,
@@ -67,6 +68,24 @@ class TestMass:
             weights, _ = oracle(case)
             expected = sum(by_blocks(image, *grids) for image in weights)
             torch.testing.assert_close(calibration_module.block_mass(call), expected, atol=1e-9, rtol=1e-9)
+
+    def test_takes_memory_in_proportion_to_the_number_of_tokens(self, monkeypatch):
+        monkeypatch.setattr(calibration_module, "_CHUNK", 1)
+
+        class Largest(TorchDispatchMode):
+            size = 0
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                self.size = max(self.size, out.numel() if isinstance(out, torch.Tensor) else 0)
+                return out
+
+        for side in (32, 64):
+            grid = TokenGrid(side, side)
+            query, key = torch.randn(2, 1, 2, side * side, 4)
+            with Largest() as largest:
+                calibration_module.block_mass(AttentionCall(query, key, grid, grid, 0.5, None, None))
+            assert largest.size == 2 * 128 * side * side
 
     def test_of_a_vit(self):
         model = vit().double()
