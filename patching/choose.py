@@ -18,7 +18,7 @@ from ..patterns import CalibratedPattern
 from .attention_mass import check_target
 from .calibrated_layers import canonical_name
 from .calibration import measure_attention_mass
-from .choose_inputs import Subject, find_model, images_in, read_images
+from .choose_inputs import Subject, check_installed, find_model, images_in, read_images
 from .observing import AttentionCall, observing_attention, replaceable_slots
 from .trade import TradeRow, table, trade
 
@@ -52,6 +52,8 @@ def choose(options: argparse.Namespace) -> None:
     Raises:
         ValueError: if an argument is not as described, before anything runs.
     """
+    check_installed("PIL", "viz")
+    check_installed("matplotlib", "viz")
     density = 0.25 if options.density is None and options.min_mass is None else options.density
     check_target("choose", density, options.min_mass)
     for name, value, least in (("max-images", options.max_images, 1), ("rounds", options.rounds, 0)):

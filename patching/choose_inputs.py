@@ -118,7 +118,7 @@ def find_model(name: str, size: int | None, checkpoint: Path | None, random_weig
             raise ValueError(f"choose: image-size must be {_SAM_SIZE} for {name}, got {size}")
         if checkpoint is None and not random_weights:
             raise ValueError(f"choose: checkpoint must be given for {name}, got none; or random-weights to try it out")
-        _needs("segment_anything", "sam")
+        check_installed("segment_anything", "sam")
         return lambda: _load_sam(name, checkpoint)
     if ".py:" in name:
         path, function = name.rsplit(":", 1)
@@ -127,7 +127,7 @@ def find_model(name: str, size: int | None, checkpoint: Path | None, random_weig
         if size is None:
             raise ValueError("choose: image-size must be given for a model from a file, got none")
         return lambda: _load_from_file(Path(path), function, size, checkpoint)
-    _needs("timm", "timm")
+    check_installed("timm", "timm")
     import timm
 
     if not timm.is_model(name.split(".")[0]):
@@ -195,8 +195,9 @@ def _load_from_file(path: Path, function: str, size: int, checkpoint: Path | Non
     return Subject(model.eval(), size, *_IMAGENET)
 
 
-def _needs(package: str, extra: str) -> None:
+def check_installed(package: str, extra: str) -> None:
+    """Raises ValueError, naming the extra that brings it, if a package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise ValueError(
-            f'choose: {package} must be installed for this model, got none; pip install "sparse_attn_modules[{extra}]"'
+            f'choose: {package} must be installed, but is not; pip install "sparse_attn_modules[{extra}]" brings it'
         )

@@ -1,7 +1,9 @@
 """The command ``choose``: what it prints and writes, in a process of its own and here, and what it refuses at once."""
 
 import argparse
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -146,11 +148,18 @@ def test_refuses_before_anything_runs(folder, capsys, monkeypatch, changes, mess
     options = {"model": f"{folder / 'model.py'}:make", "image-size": 128, **changed}
     assert main(arguments(folder, **options)) == 1
     captured = capsys.readouterr()
-    import re
-
     assert re.search(message, captured.err)
     assert not captured.out
     assert not list((folder / "out").iterdir())
+
+
+def test_names_the_extra_that_is_missing(folder, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    assert main(arguments(folder)) == 1
+    assert 'choose: matplotlib must be installed, but is not; pip install "sparse_attn_modules[viz]"' in (
+        capsys.readouterr().err
+    )
 
 
 def test_photographs_are_cut_or_padded_to_squares_and_back():
