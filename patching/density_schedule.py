@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -74,7 +75,7 @@ class DensitySchedule:
         self._masks: dict[Any, BlockMask] = {}
         self._step = 0
         self._density = self._density_at(0)
-        self._enter_stage()
+        self._enter_stage(self._density)
 
     @classmethod
     def linear(
@@ -131,14 +132,13 @@ class DensitySchedule:
             RuntimeError: if a layer is no longer part of the model, say because it was unpatched.
         """
         target = self._step + 1 if to is None else to
-        if isinstance(target, bool) or not isinstance(target, int) or target < 0:
+        if not _is_integer(target) or target < 0:
             raise ValueError(f"DensitySchedule.step: to must be an integer ≥ 0, got {to!r}")
         density = self._density_at(target)
         has_changed = density != self._density
         if has_changed:
-            self._density = density
-            self._enter_stage()
-        self._step = target
+            self._enter_stage(density)
+        self._density, self._step = density, int(target)
         return has_changed
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,12 +154,19 @@ class DensitySchedule:
         """
         if not isinstance(state, Mapping) or set(state) != {"step", "milestones"}:
             raise ValueError(f"DensitySchedule.load_state_dict: state must hold step and milestones, got {state!r}")
-        if dict(state["milestones"]) != dict(self._milestones):
+        step, milestones = state["step"], state["milestones"]
+        if not _is_integer(step) or step < 0:
+            raise ValueError(f"DensitySchedule.load_state_dict: state must hold a step ≥ 0, got {step!r}")
+        # JSON makes strings of the steps.
+        is_same = isinstance(milestones, Mapping) and {str(key): value for key, value in milestones.items()} == {
+            str(key): value for key, value in self._milestones
+        }
+        if not is_same:
             raise ValueError(
                 f"DensitySchedule.load_state_dict: state must be of the milestones {dict(self._milestones)}, "
-                f"got {dict(state['milestones'])}"
+                f"got {milestones!r}"
             )
-        self.step(to=state["step"])
+        self.step(to=step)
 
     def __repr__(self) -> str:
         return (
@@ -170,7 +177,8 @@ class DensitySchedule:
     def _density_at(self, step: int) -> float:
         return self._milestones[bisect_right(self._milestones, step, key=lambda milestone: milestone[0]) - 1][1]
 
-    def _enter_stage(self) -> None:
+    def _enter_stage(self, density: float) -> None:
+        """Hands each layer its pattern and masks, once all are made: an error leaves every layer as it was."""
         present = set(self._model.modules())
         missing = [layer for layer in self._patterns if layer not in present]
         if missing:
@@ -179,15 +187,18 @@ class DensitySchedule:
                 "that do not; after patching or unpatching make a new schedule"
             )
         geometries = _geometries(self._model)
-        for layer, patterns in self._patterns.items():
+        masks = {}
+        for layer in self._patterns:
             known = dict.fromkeys(
                 [*geometries.get(layer, ()), *((mask.query_grid, mask.key_grid) for mask in layer.kept_masks)]
             )
-            layer.pattern = patterns[self._density]
-            layer.keep_masks([mask for geometry in known for mask in self._masks_of(layer, geometry)])
+            masks[layer] = [mask for geometry in known for mask in self._masks_of(layer, geometry, density)]
+        for layer, patterns in self._patterns.items():
+            layer.pattern = patterns[density]
+            layer.keep_masks(masks[layer])
 
-    def _masks_of(self, layer: SparseAttention, geometry: _Geometry) -> list[BlockMask]:
-        """The mask of the present stage, once all stages have one; none if the layer does not tell its heads."""
+    def _masks_of(self, layer: SparseAttention, geometry: _Geometry, density: float) -> list[BlockMask]:
+        """The mask of a stage, once all stages have one; none if the layer does not tell its heads."""
         num_heads = getattr(layer, "num_heads", None)
         parameter = next(layer.parameters(), None)
         if not isinstance(num_heads, int) or parameter is None or parameter.device.type == "meta":
@@ -206,7 +217,7 @@ class DensitySchedule:
         for key, mask in missing.items():
             lists = {name: getattr(mask, name).contiguous() for name in LISTS}
             self._masks[key] = BlockMask.from_lists(mask.blocks.contiguous(), lists, *geometry, is_dense)
-        return [self._masks[keys[self._density]]]
+        return [self._masks[keys[density]]]
 
 
 def _checked(milestones: Any) -> list[tuple[int, float]]:
@@ -214,15 +225,19 @@ def _checked(milestones: Any) -> list[tuple[int, float]]:
     if not isinstance(milestones, Mapping):
         raise TypeError(f"DensitySchedule: milestones must be a mapping of steps, got {type(milestones).__name__}")
     for step, density in milestones.items():
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if not _is_integer(step) or step < 0:
             raise ValueError(f"DensitySchedule: milestones must be at steps ≥ 0, got {step!r}")
-        is_number = isinstance(density, (int, float)) and not isinstance(density, bool)
-        if not is_number or not 0 < density <= 1:
+        if not isinstance(density, Real) or isinstance(density, bool) or not 0 < float(density) <= 1:
             raise ValueError(f"DensitySchedule: milestones must have densities in (0, 1], got {density!r}")
     if 0 not in milestones:
         raise ValueError(f"DensitySchedule: milestones must hold step 0, got steps {sorted(milestones)}")
-    ordered = sorted((step, float(density)) for step, density in milestones.items())
+    ordered = sorted((int(step), float(density)) for step, density in milestones.items())
     return [ordered[0], *(new for old, new in pairwise(ordered) if new[1] != old[1])]
+
+
+def _is_integer(number: Any) -> bool:
+    """Python's own, or NumPy's."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _stairs(
@@ -234,7 +249,7 @@ def _stairs(
         inverse: the fraction of the steps after which a fraction of the way from start to end is made.
     """
     for name, value, least in (("num_steps", num_steps, 1), ("stages", stages, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not _is_integer(value) or value < least:
             raise ValueError(f"DensitySchedule: {name} must be an integer ≥ {least}, got {value!r}")
     _checked({0: start, 1: end})
     rise = 1 / (stages - 1)

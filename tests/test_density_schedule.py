@@ -2,14 +2,17 @@
 
 import copy
 import io
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_attn_modules import (
+    CustomPattern,
     Dense,
     DensitySchedule,
     LocalWindow,
@@ -270,6 +273,46 @@ def test_a_model_that_was_unpatched_is_not_scheduled_in_silence():
     assert not schedule.step()
     with pytest.raises(RuntimeError, match="layers must stay part of the model, got 3 of 3 that do not"):
         schedule.step()
+
+
+def test_an_error_leaves_everything_as_it_was():
+    model = vit(depth=2)
+    schedule = DensitySchedule(model, {0: 0.5, 1: 0.25})
+    attention = model.blocks[1].attn
+    model.blocks[1].attn = nn.Identity()
+    for _ in range(2):  # not only the first time
+        with pytest.raises(RuntimeError, match="layers must stay part of the model"):
+            schedule.step()
+        assert (schedule.current_step, schedule.density) == (0, 0.5)
+    model.blocks[1].attn = attention
+    assert schedule.step()
+    assert densities(model) == [0.25, 0.25]
+
+    def of_the_wrong_size(query_grid, key_grid, num_heads):
+        return torch.ones(1, 1, 1, dtype=torch.bool)
+
+    with pytest.raises(ValueError, match="CustomPattern"):
+        DensitySchedule(model, {0: 0.5}, pattern=lambda density: CustomPattern(of_the_wrong_size))
+    assert densities(model) == [0.25, 0.25]
+
+
+def test_numbers_of_numpy_and_states_in_json():
+    model = vit(depth=1)
+    schedule = DensitySchedule(model, {np.int64(0): np.float32(0.5), np.int32(3): 0.25})
+    assert schedule.milestones == {0: 0.5, 3: 0.25}
+    assert schedule.step(to=np.int64(4))
+    state = json.loads(json.dumps(schedule.state_dict()))
+    other = DensitySchedule.linear(vit(depth=1), 0.5, 0.25, np.int64(6), stages=np.int64(2))
+    assert other.milestones == schedule.milestones
+    other.load_state_dict(state)
+    assert (other.current_step, other.density) == (4, 0.25)
+    for broken, message in (
+        ({**state, "milestones": None}, "state must be of the milestones {0: 0.5, 3: 0.25}, got None"),
+        ({**state, "milestones": {"0": 0.5}}, "state must be of the milestones .* got {'0': 0.5}"),
+        ({**state, "step": "4"}, "state must hold a step ≥ 0, got '4'"),
+    ):
+        with pytest.raises(ValueError, match=f"DensitySchedule.load_state_dict: {message}"):
+            other.load_state_dict(broken)
 
 
 def test_repr_tells_where_it_stands():
