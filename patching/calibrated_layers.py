@@ -81,10 +81,8 @@ def _place(known: list[str], names: set[str], wanted: set[str]) -> tuple[str, st
     Raises:
         ValueError: if the model has not all the layers, or has them several times.
     """
-    if names.issuperset(known):
-        return "", ""
     first = known[0]
-    prefixes = {name[: -len(first)] for name in names if name.endswith(f".{first}")}
+    prefixes = ["", *sorted(name[: -len(first)] for name in names if name.endswith(f".{first}"))]
     places = [(prefix, "") for prefix in prefixes if all(prefix + name in names for name in known)]
     parts = first.split(".")
     for count in range(1, len(parts)):
@@ -93,13 +91,18 @@ def _place(known: list[str], names: set[str], wanted: set[str]) -> tuple[str, st
             places.append(("", removed))
     if len(places) > 1:
         # Which part is meant may follow from the layers that were selected.
-        places = [place for place in places if any(name.startswith(place[0]) for name in wanted)]
-    if len(places) == 1:
+        selected = [
+            (prefix, removed)
+            for prefix, removed in places
+            if any(prefix + name.removeprefix(removed) in wanted for name in known)
+        ]
+        places = selected or places
+    if len(places) == 1 or ("", "") in places:
         return places[0]
     if places:
+        where = _some([prefix for prefix, _ in places])
         raise ValueError(
-            f"{_OP}: its layers must be found once in the model, got them under {_some(sorted(p for p, _ in places))}; "
-            "select one part with include"
+            f"{_OP}: its layers must be found once in the model, got them under {where}; select one part with include"
         )
     missing = [name for name in known if name not in names]
     if len(missing) < len(known):

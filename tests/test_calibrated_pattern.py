@@ -240,6 +240,12 @@ pattern.save("again.safetensors")
         patch_model(pair, calibrated, include="teacher.*")
         assert pair["teacher"].blocks[0].attn.pattern.pattern == calibrated.layers[0]
         assert type(pair["student"].blocks[0].attn).__module__.startswith("timm")
+        outer = vit()
+        outer.teacher = vit()
+        for include, patched, untouched in (("blocks.*", outer, outer.teacher), ("teacher.*", outer.teacher, outer)):
+            patch_model(outer, calibrated, include=include)
+            assert patched.blocks[0].attn.pattern.pattern == calibrated.layers[0]
+            assert type(untouched.blocks[0].attn).__module__.startswith("timm")
 
     def test_other_image_sizes_are_dense_with_one_notice(self, calibrated, said):
         model = vit(dynamic_img_size=True)
