@@ -85,10 +85,10 @@ class Selection:
                 raise ValueError(f"{op}: pattern must name at least one layer, got an empty mapping")
             for glob in pattern:
                 _check_glob(op, "pattern", glob)
-            self._patterns = {glob: resolve_pattern(value) for glob, value in pattern.items()}
+            self._patterns = {glob: resolve_pattern(value, "patch_model") for glob, value in pattern.items()}
             globs = list(self._patterns)
         else:
-            self._patterns = {"*": Dense() if pattern is None else resolve_pattern(pattern)}
+            self._patterns = {"*": Dense() if pattern is None else resolve_pattern(pattern, "patch_model")}
             globs = []
         self._include: Callable[[str, nn.Module], bool] | None = None
         if callable(include):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from torch.autograd import forward_ad
 from .block_mask import BlockMask
 
 OP = "block_sparse_attention"
+_LARGEST = sys.float_info.max
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_numbers(scale: Any, dropout_p: Any) -> None:
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
         raise ValueError(f"{OP}: dropout_p must be a number in [0, 1], got {dropout_p!r}")
-    if scale is not None and (not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf):
+    if scale is not None and (not isinstance(scale, (int, float)) or not -_LARGEST <= scale <= _LARGEST):
         raise ValueError(f"{OP}: scale must be a finite number, got {scale!r}")
 
 

@@ -93,7 +93,9 @@ def block_sparse_attention(
 
     Raises:
         ValueError, TypeError: if an argument is not as described, or the backend asked for cannot run.
-        RuntimeError: on forward-mode tangents, and on a backward pass through a backward pass.
+        RuntimeError: on forward-mode tangents, on a backward pass through a backward pass, and where a transform of
+            ``torch.func`` takes gradients (``grad``, ``vjp``, ``jacrev``): ``torch.autograd.grad`` and
+            ``torch.autograd.functional.jacobian`` do, also vectorized.
     """
     query, key, value, relative_position = _autocast(query, key, value, relative_position)
     check_numbers(scale, dropout_p)
@@ -180,7 +182,9 @@ def _plan(
             *(query.shape, query.dtype, query.device, query.stride(-1)),
             *(key.shape, key.dtype, key.device, key.stride(-1)),
             *(value.shape, value.dtype, value.device, value.stride(-1)),
-            None if relative_position is None else tuple([(x.shape, x.dtype, x.device) for x in relative_position]),
+            None
+            if relative_position is None
+            else (type(relative_position), *[(x.shape, x.dtype, x.device) for x in relative_position]),
             None
             if key_padding_mask is None
             else (key_padding_mask.shape, key_padding_mask.dtype, key_padding_mask.device),

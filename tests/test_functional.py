@@ -125,6 +125,8 @@ BAD_CALLS = [
         ValueError,
         "key_padding_mask must have shape [2, 100] on cpu, got [2, 101]",
     ),
+    ({"scale": 10**400}, ValueError, "scale must be a finite number, got 1000"),
+    ({"scale": -(10**400)}, ValueError, "scale must be a finite number, got -1000"),
     ({"scale": "a"}, ValueError, "scale must be a finite number, got 'a'"),
     ({"dropout_p": "a"}, ValueError, "dropout_p must be a number in [0, 1], got 'a'"),
     ({"backend": ["gathered"]}, ValueError, "backend must be one of"),
@@ -158,6 +160,9 @@ def test_a_call_that_passed_once_excuses_no_other():
         ({"relative_position": (rel[1], rel[0])}, "rel_h must have shape"),
         ({"relative_position": rel[:1]}, "must be a pair"),
         ({"relative_position": rel[0]}, "must be a pair"),
+        ({"relative_position": dict.fromkeys(rel)}, "must be a pair"),
+        ({"relative_position": (part for part in rel)}, "must be a pair"),
+        ({"relative_position": iter(rel)}, "must be a pair"),
         ({"key_padding_mask": padding.int()}, "boolean"),
         ({"key_padding_mask": padding[:, 1:]}, "key_padding_mask must have shape"),
         ({"backend": "nothing"}, "backend must be one of"),
@@ -167,6 +172,23 @@ def test_a_call_that_passed_once_excuses_no_other():
         with pytest.raises((ValueError, TypeError), match=message):
             call(**{**good, **wrong})
     assert call(*(tensors() for _ in range(3)), **good).shape == expected.shape
+
+
+def test_a_stacked_relative_position_is_refused_after_a_pair_too():
+    grid = TokenGrid(9, 9)
+    mask = Random(0.4).mask(grid, 4)
+    query, rel = tensors(tokens=81), torch.randn(2, 2, 4, 81, 9)
+    call(query, query, query, mask, relative_position=(rel[0], rel[1]))
+    with pytest.raises(TypeError, match="block_sparse_attention: relative_position must be a pair"):
+        call(query, query, query, mask, relative_position=rel)
+
+
+def test_gradients_by_torch_func_are_refused():
+    """As the docstring says; what it names instead works, see test_operator.py."""
+    query = tensors()
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match="autograd.Function with functorch transforms"):
+            transform(lambda query: call(query, mask=MASK).sum())(query)
 
 
 def test_a_mask_remembers_a_bounded_number_of_calls():

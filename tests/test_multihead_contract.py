@@ -172,7 +172,7 @@ def test_from_module_takes_only_the_original():
         ({"num_heads": 0}, ValueError, "embed_dim must be a multiple of num_heads, got 24 and 0"),
         ({"grid": (3, 4)}, TypeError, "grid must be a TokenGrid or None, got tuple"),
         ({"key_grid": TokenGrid(3, 4)}, ValueError, "grid must be given with key_grid"),
-        ({"pattern": "no such pattern"}, ValueError, "pattern must be one of"),
+        ({"pattern": "no such pattern"}, ValueError, "^SparseMultiheadAttention: pattern must be one of"),
         ({"pattern": BlockMask.dense(TokenGrid(3, 4))}, TypeError, "pattern must be a Pattern"),
     ],
 )

@@ -353,9 +353,9 @@ def fails_on_the_second_layer(name: str, module: nn.Module) -> bool:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"pattern": "no such pattern"}, ValueError, "pattern must be one of .*'local'.* got 'no such pattern'"),
-        ({"pattern": {"*.attn": "no such pattern"}}, ValueError, "pattern must be one of"),
-        ({"pattern": 0.25}, TypeError, "pattern must be a Pattern or a short name, got float"),
+        ({"pattern": "no such one"}, ValueError, "^patch_model: pattern must be one of .*'local'.* got 'no such one'"),
+        ({"pattern": {"*.attn": "no such pattern"}}, ValueError, "^patch_model: pattern must be one of"),
+        ({"pattern": 0.25}, TypeError, "^patch_model: pattern must be a Pattern or a short name, got float"),
         ({"pattern": {}}, ValueError, "pattern must name at least one layer, got an empty mapping"),
         ({"pattern": {1: "local"}}, TypeError, "pattern must hold names or globs as strings, got int"),
         ({"pattern": {"block.*": "local"}}, ValueError, "'block.*' must match the name .* blocks.0.attn, blocks.1"),

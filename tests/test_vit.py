@@ -1,6 +1,7 @@
 """ViTSparseAttention against the layers of timm that it replaces, in float64."""
 
 import logging
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -156,6 +157,15 @@ def test_attn_mask_is_honoured(name, kind):
     expected = layer(x, attn_mask=mask, **arguments)
     out = ViTSparseAttention.from_module(layer, grid=GRID)(x, attn_mask=mask, **arguments)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 77, 77), (77, 76), (5, 2, 2, 77, 77), (3, 1, 1, 77), (0,)])
+def test_attn_mask_that_does_not_broadcast_is_refused(shape):
+    layer = ViTSparseAttention(8, 2)
+    message = re.escape(f"ViTSparseAttention: attn_mask must broadcast to [2, 2, 77, 77], got shape {list(shape)}")
+    for mask in (torch.ones(shape, dtype=torch.bool), torch.zeros(shape)):
+        with pytest.raises(ValueError, match=message):
+            layer(torch.randn(2, 77, 8), attn_mask=mask)
 
 
 def test_causal_is_honoured():

@@ -59,7 +59,7 @@ class SparseAttention(nn.Module):
         self._set_pattern(pattern)
 
     def _set_pattern(self, pattern: Pattern | str) -> None:
-        self._pattern = resolve_pattern(pattern)
+        self._pattern = resolve_pattern(pattern, type(self).__name__)
         self._pattern_name = register_for_tracing(self._pattern)
         self._masks: dict[str, BlockMask] = {}
         self._fit_selector()

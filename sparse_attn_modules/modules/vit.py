@@ -196,7 +196,7 @@ class ViTSparseAttention(SparseAttention):
         """
         if x.dim() != 3:
             raise ValueError(f"{_NAME}: x must have shape [B, N, dim], got {list(x.shape)}")
-        _check_mask(attn_mask, is_causal)
+        _check_mask(attn_mask, is_causal, (x.shape[0], self.num_heads, x.shape[1], x.shape[1]))
         if rope is not None and self.num_prefix_tokens is None:
             raise ValueError(
                 f"{_NAME}: rope must be None for a layer without rotary position (attn_mask comes by name)"
@@ -314,12 +314,15 @@ _ABSENT: dict[str, Any] = {
 }
 
 
-def _check_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+def _check_mask(attn_mask: Tensor | None, is_causal: bool, shape: tuple[int, ...]) -> None:
     if attn_mask is None:
         return
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"{_NAME}: attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"{_NAME}: attn_mask must be boolean or floating-point, got {attn_mask.dtype}")
+    fits = (size in (1, whole) for size, whole in zip(reversed(attn_mask.shape), reversed(shape)))
+    if attn_mask.dim() > len(shape) or not all(fits):
+        raise ValueError(f"{_NAME}: attn_mask must broadcast to {list(shape)}, got shape {list(attn_mask.shape)}")
     if is_causal:
         raise ValueError(f"{_NAME}: attn_mask must be None with is_causal, got both")

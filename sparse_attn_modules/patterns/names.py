@@ -23,8 +23,8 @@ NAMED_PATTERNS: dict[str, Pattern] = {
 }
 
 
-def resolve_pattern(pattern: Pattern | str) -> Pattern:
-    """The pattern itself, or the one that goes by a short name.
+def resolve_pattern(pattern: Pattern | str, op: str = "resolve_pattern") -> Pattern:
+    """The pattern itself, or the one that goes by a short name. Errors name ``op``, which was given the pattern.
 
     Raises:
         ValueError: if the name is unknown; lists those that exist.
@@ -33,7 +33,7 @@ def resolve_pattern(pattern: Pattern | str) -> Pattern:
     if isinstance(pattern, Pattern):
         return pattern
     if not isinstance(pattern, str):
-        raise TypeError(f"resolve_pattern: pattern must be a Pattern or a short name, got {type(pattern).__name__}")
+        raise TypeError(f"{op}: pattern must be a Pattern or a short name, got {type(pattern).__name__}")
     if pattern not in NAMED_PATTERNS:
-        raise ValueError(f"resolve_pattern: pattern must be one of {sorted(NAMED_PATTERNS)}, got {pattern!r}")
+        raise ValueError(f"{op}: pattern must be one of {sorted(NAMED_PATTERNS)}, got {pattern!r}")
     return NAMED_PATTERNS[pattern]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_attn_modules import BlockMask, TokenGrid
 
+Tile = tuple[int, int]
 _TILES = [(8, 16), (16, 8), (4, 32), (2, 64), (1, 128), (128, 1)]
 _HEAD_DIMS = [8, 16, 24, 32, 40, 48, 56, 64, 64, 64, 72, 80, 80, 80, 88, 96, 96, 104, 112, 120, 128, 128]
 _LAYOUTS = ["heads first", "tokens first", "fused qkv", "slice"]
@@ -25,9 +26,9 @@ class CudaCase:
     key: Tensor
     value: Tensor
     mask: BlockMask
-    scale: float | None
-    relative_position: tuple[Tensor, Tensor] | None
-    key_padding_mask: Tensor | None
+    scale: float | None = None
+    relative_position: tuple[Tensor, Tensor] | None = None
+    key_padding_mask: Tensor | None = None
 
     def to(self, dtype: torch.dtype, requires_grad: bool = False) -> CudaCase:
         def cast(tensor: Tensor) -> Tensor:
@@ -67,28 +68,31 @@ def draw_tensor(draw: random.Random, batch: int, heads: int, tokens: int, width:
     return torch.randn(batch, heads, tokens + 3, width + 16, **options)[:, :, 2 : tokens + 2, 8 : width + 8]
 
 
-def _draw_grid(draw: random.Random, tile: tuple[int, int] | None) -> TokenGrid:
-    if tile is None and draw.random() < 0.2:
+def _draw_grid(draw: random.Random, tiles: Sequence[Tile], may_be_sequence: bool) -> TokenGrid:
+    if may_be_sequence and draw.random() < 0.2:
         return TokenGrid.sequence(draw.randint(1, 900))
     return TokenGrid(
         draw.randint(1, 40),
         draw.randint(1, 40),
         prefix=draw.choice([0, 0, 1, 5, 130]),
         suffix=draw.choice([0, 0, 4, 129]),
-        tile=tile or draw.choice(_TILES),
+        tile=draw.choice(tiles),
     )
 
 
-def draw_cuda_case(seed: int) -> CudaCase:
+def draw_cuda_case(
+    seed: int, tiles: Sequence[Tile] = _TILES, tiles_with_relative_position: Sequence[Tile] = ((8, 16),)
+) -> CudaCase:
     draw = random.Random(seed)
     torch.manual_seed(seed)
     dtype = draw.choice([torch.bfloat16, torch.float16])
     head_dim, batch, key_heads = draw.choice(_HEAD_DIMS), draw.choice([1, 1, 2, 3]), draw.choice([1, 2, 3])
     heads = key_heads * draw.choice([1, 1, 1, 2, 4])
     has_bias = draw.random() < 0.4
-    tile = (8, 16) if has_bias else None
-    query_grid = _draw_grid(draw, tile)
-    key_grid = query_grid if draw.random() < 0.6 else _draw_grid(draw, tile)
+    if has_bias:
+        tiles = [draw.choice(tiles_with_relative_position)]
+    query_grid = _draw_grid(draw, tiles, not has_bias)
+    key_grid = query_grid if draw.random() < 0.6 else _draw_grid(draw, tiles, not has_bias)
 
     shape = (draw.choice([1, batch]), draw.choice([1, heads]), query_grid.num_blocks, key_grid.num_blocks)
     blocks = torch.rand(shape, device="cuda") < draw.choice([0.1, 0.3, 0.6, 1.0])
@@ -112,7 +116,12 @@ def draw_cuda_case(seed: int) -> CudaCase:
 
 
 @pytest.fixture(scope="session")
-def drawn_cuda_case() -> Callable[[int], CudaCase]:
+def cuda_case() -> type[CudaCase]:
+    return CudaCase
+
+
+@pytest.fixture(scope="session")
+def drawn_cuda_case() -> Callable[..., CudaCase]:
     return draw_cuda_case
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -17,104 +16,19 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=f"
 
 _TILES = [(8, 16), (16, 8), (4, 32), (2, 64), (1, 128), (16, 16), (1, 384), (32, 24)]
 _RELATIVE_POSITION_TILES = [(8, 16), (8, 16), (16, 16), (8, 48)]
-_HEAD_DIMS = [8, 16, 24, 32, 40, 48, 56, 64, 64, 64, 72, 80, 80, 80, 88, 96, 96, 104, 112, 120, 128, 128]
-_LAYOUTS = ["heads first", "tokens first", "fused qkv", "slice"]
 
 
-@dataclass
-class Case:
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: BlockMask
-    scale: float | None
-    relative_position: tuple[Tensor, Tensor] | None
-    key_padding_mask: Tensor | None
-
-    def run(self, backend: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        dtype = dtype or self.query.dtype
-        relative = self.relative_position
-        return block_sparse_attention(
-            *(tensor.to(dtype) for tensor in (self.query, self.key, self.value)),
-            self.mask,
-            scale=self.scale,
-            relative_position=None if relative is None else tuple(rel.to(dtype) for rel in relative),
-            key_padding_mask=self.key_padding_mask,
-            backend=backend,
-            return_lse=True,
-        )
-
-
-def _tensor(draw: random.Random, batch: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    layout = draw.choice(_LAYOUTS)
-    options = {"dtype": dtype, "device": "cuda"}
-    if layout == "heads first":
-        return torch.randn(batch, heads, tokens, head_dim, **options)
-    if layout == "tokens first":
-        return torch.randn(batch, tokens, heads, head_dim, **options).transpose(1, 2)
-    if layout == "fused qkv":
-        return torch.randn(batch, tokens, 3, heads, head_dim, **options)[:, :, 1].transpose(1, 2)
-    return torch.randn(batch, heads, tokens + 3, head_dim + 16, **options)[:, :, 2 : tokens + 2, 8 : head_dim + 8]
-
-
-def _grid(draw: random.Random, tile: tuple[int, int] | None) -> TokenGrid:
-    if tile is None and draw.random() < 0.2:
-        return TokenGrid.sequence(draw.randint(1, 900))
-    return TokenGrid(
-        draw.randint(1, 40),
-        draw.randint(1, 40),
-        prefix=draw.choice([0, 0, 1, 5, 130]),
-        suffix=draw.choice([0, 0, 4, 129]),
-        tile=tile or draw.choice(_TILES),
+def _run(case: Any, backend: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    case = case if dtype is None else case.to(dtype)
+    return block_sparse_attention(
+        case.query, case.key, case.value, case.mask, **case.options, backend=backend, return_lse=True
     )
 
 
-def _case(seed: int) -> Case:
-    draw = random.Random(seed)
-    torch.manual_seed(seed)
-    dtype = draw.choice([torch.bfloat16, torch.float16])
-    head_dim, batch, key_heads = draw.choice(_HEAD_DIMS), draw.choice([1, 1, 2, 3]), draw.choice([1, 2, 3])
-    heads = key_heads * draw.choice([1, 1, 1, 2, 4])
-    has_bias = draw.random() < 0.4
-    tile = draw.choice(_RELATIVE_POSITION_TILES) if has_bias else None
-    query_grid = _grid(draw, tile)
-    key_grid = query_grid if draw.random() < 0.6 else _grid(draw, tile)
-
-    shape = (draw.choice([1, batch]), draw.choice([1, heads]), query_grid.num_blocks, key_grid.num_blocks)
-    blocks = torch.rand(shape, device="cuda") < draw.choice([0.1, 0.3, 0.6, 1.0])
-    if draw.random() < 0.5:
-        blocks[:, :, draw.randrange(shape[2])] = False
-        blocks[:, :, draw.randrange(shape[2])] = True
-    mask = BlockMask(blocks, query_grid, key_grid)
-    if draw.random() < 0.2:
-        mask = BlockMask.dense(query_grid, key_grid, device="cuda")
-
-    relative = None
-    if has_bias:
-        sizes = (key_grid.height, key_grid.width)
-        relative = tuple(_tensor(draw, batch, heads, query_grid.num_tokens, size, dtype) for size in sizes)
-    padding = None
-    if draw.random() < 0.25:
-        padding = torch.rand(batch, key_grid.num_tokens, device="cuda") < draw.choice([0.1, 0.5, 1.0])
-    query = _tensor(draw, batch, heads, query_grid.num_tokens, head_dim, dtype)
-    key, value = (_tensor(draw, batch, key_heads, key_grid.num_tokens, head_dim, dtype) for _ in range(2))
-    return Case(query, key, value, mask, draw.choice([None, 0.3]), relative, padding)
-
-
-@pytest.fixture
-def _poisoned_memory():
-    """New tensors hold NaN until they are written."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def _check(case: Case, tolerance: float | None = None) -> None:
-    out, lse = case.run("cuda")
-    again, lse_again = case.run("cuda")
-    expected, expected_lse = case.run("reference", torch.float64)
+def _check(case: Any, tolerance: float | None = None) -> None:
+    out, lse = _run(case, "cuda")
+    again, lse_again = _run(case, "cuda")
+    expected, expected_lse = _run(case, "reference", torch.float64)
     if tolerance is None:
         # Plain attention in the same dtype: rounded logits, weights and sums.
         low, _ = _plain(case)
@@ -128,7 +42,7 @@ def _check(case: Case, tolerance: float | None = None) -> None:
     assert torch.equal(lse, lse_again)
 
 
-def _plain(case: Case) -> tuple[Tensor, Tensor]:
+def _plain(case: Any) -> tuple[Tensor, Tensor]:
     group = case.query.shape[1] // case.key.shape[1]
     key, value = (tensor.repeat_interleave(group, 1) for tensor in (case.key, case.value))
     logits = case.query @ key.mT * (case.query.shape[-1] ** -0.5 if case.scale is None else case.scale)
@@ -144,25 +58,25 @@ def _plain(case: Case) -> tuple[Tensor, Tensor]:
     return weights @ value, logits
 
 
-@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("first", range(0, 400, 20))
-def test_matches_the_reference_on_random_geometry(first: int) -> None:
+def test_matches_the_reference_on_random_geometry(first: int, drawn_cuda_case) -> None:
     for seed in range(first, first + 20):
         try:
-            _check(_case(seed))
+            _check(drawn_cuda_case(seed, _TILES, _RELATIVE_POSITION_TILES))
         except AssertionError as error:
             raise AssertionError(f"seed {seed}") from error
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_many_blocks_per_row(head_dim: int, dtype: torch.dtype) -> None:
+def test_many_blocks_per_row(head_dim: int, dtype: torch.dtype, cuda_case) -> None:
     """More key blocks than the 32 that a warp holds at once."""
     torch.manual_seed(0)
     grid = TokenGrid.sequence(128 * 70 + 3)
     blocks = torch.rand(1, 2, grid.num_blocks, grid.num_blocks, device="cuda") < 0.7
     query, key, value = (torch.randn(1, 2, grid.num_tokens, head_dim, device="cuda", dtype=dtype) for _ in range(3))
-    _check(Case(query, key, value, BlockMask(blocks, grid), None, None, None))
+    _check(cuda_case(query, key, value, BlockMask(blocks, grid)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -171,7 +85,7 @@ def test_many_blocks_per_row(head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("growth", [-150.0, 12.0, 60.0, 300.0])
 def test_logits_that_grow_from_block_to_block(
-    dtype: torch.dtype, head_dim: int, side: int, relative: bool, growth: float
+    dtype: torch.dtype, head_dim: int, side: int, relative: bool, growth: float, cuda_case
 ) -> None:
     """Weights relative to an early maximum overflow in some rows of some thread blocks, and vanish in others."""
     torch.manual_seed(2)
@@ -185,11 +99,11 @@ def test_logits_that_grow_from_block_to_block(
     bias = None
     if relative:
         bias = tuple(torch.randn(1, 3, grid.num_tokens, side, device="cuda", dtype=dtype) for _ in "hw")
-    _check(Case(query, key, value, mask, None, bias, None), tolerance=0.04)
+    _check(cuda_case(query, key, value, mask, relative_position=bias), tolerance=0.04)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80])
-def test_first_blocks_without_keys(head_dim: int) -> None:
+def test_first_blocks_without_keys(head_dim: int, cuda_case) -> None:
     """Padding hides the first block of keys, all but one key of the second, and what is left is far below zero."""
     torch.manual_seed(3)
     grid = TokenGrid(24, 32, tile=(8, 16))
@@ -199,14 +113,13 @@ def test_first_blocks_without_keys(head_dim: int) -> None:
     padding = torch.zeros(1, grid.height, grid.width, dtype=torch.bool, device="cuda")
     padding[:, :8] = True
     padding[:, 4, 20] = False
-    _check(
-        Case(query, key, value, BlockMask.dense(grid, device="cuda"), None, None, padding.flatten(1)), tolerance=0.04
-    )
+    mask = BlockMask.dense(grid, device="cuda")
+    _check(cuda_case(query, key, value, mask, key_padding_mask=padding.flatten(1)), tolerance=0.04)
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-3])
-def test_any_scale(scale: float) -> None:
-    case = _case(5)
+def test_any_scale(scale: float, drawn_cuda_case) -> None:
+    case = drawn_cuda_case(5, _TILES, _RELATIVE_POSITION_TILES)
     case.scale = scale
     _check(case)
 
