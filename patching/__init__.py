@@ -5,6 +5,7 @@ from .calibration import calibrate, measure_attention_mass
 from .density_schedule import DensitySchedule
 from .patch import patch_model, unpatch_model
 from .report import PatchedLayer, PatchReport, UnpatchedLayer, patch_report
+from .selector_training import train_selectors
 
 __all__ = [
     "AttentionMass",
@@ -17,5 +18,6 @@ __all__ = [
     "measure_attention_mass",
     "patch_model",
     "patch_report",
+    "train_selectors",
     "unpatch_model",
 ]

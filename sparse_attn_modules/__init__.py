@@ -3,7 +3,7 @@
 from .block_mask import BlockMask
 from .functional import block_sparse_attention
 from .modules import SAMAttentionSparse, SparseMultiheadAttention, ViTSparseAttention
-from .patching import DensitySchedule, calibrate, patch_model, patch_report, unpatch_model
+from .patching import DensitySchedule, calibrate, patch_model, patch_report, train_selectors, unpatch_model
 from .patterns import (
     Butterfly,
     CalibratedPattern,
@@ -15,6 +15,7 @@ from .patterns import (
     GlobalLocal,
     Hybrid,
     ImageToPrompt,
+    LearnedTopK,
     LocalWindow,
     MultiScale,
     Pattern,
@@ -41,6 +42,7 @@ __all__ = [
     "GlobalLocal",
     "Hybrid",
     "ImageToPrompt",
+    "LearnedTopK",
     "LocalWindow",
     "MultiScale",
     "Pattern",
@@ -57,5 +59,6 @@ __all__ = [
     "calibrate",
     "patch_model",
     "patch_report",
+    "train_selectors",
     "unpatch_model",
 ]

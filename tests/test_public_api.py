@@ -20,6 +20,7 @@ def test_public_names_are_pinned():
         "GlobalLocal",
         "Hybrid",
         "ImageToPrompt",
+        "LearnedTopK",
         "LocalWindow",
         "MultiScale",
         "Pattern",
@@ -36,6 +37,7 @@ def test_public_names_are_pinned():
         "calibrate",
         "patch_model",
         "patch_report",
+        "train_selectors",
         "unpatch_model",
     ]
     for name in sparse_attn_modules.__all__:
