@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from sparse_attn_modules import (
     DynamicTopP,
     GlobalLocal,
     Hybrid,
+    LearnedTopK,
     LocalWindow,
     MultiScale,
     Pattern,
@@ -25,9 +27,10 @@ from sparse_attn_modules import (
     Streaming,
     Strided,
     patch_model,
+    train_selectors,
 )
 
-TILES, STRIPS, CALIBRATED, DYNAMIC = "tiles", "strips", "calibrated", "dynamic"  # kinds
+TILES, STRIPS, CALIBRATED, DYNAMIC, LEARNED = "tiles", "strips", "calibrated", "dynamic", "learned"  # kinds
 _CORNERS = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 
 
@@ -47,6 +50,14 @@ class Given:
     def mass(self) -> AttentionMass:
         """Where the model's attention lies on the images."""
         return measure_attention_mass(self.model, self.images, progress=False)
+
+    @cached_property
+    def trained(self) -> dict[str, Tensor]:
+        """The parts of a state dict that are selectors of blocks, trained on the images."""
+        model = patch_model(copy.deepcopy(self.model), LearnedTopK(density=0.25))  # serves for every density
+        pairs = [pair for images in self.images for pair in images.split(2)]
+        train_selectors(model, pairs, epochs=5)
+        return {name: value for name, value in model.state_dict().items() if ".selector." in name}
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,12 @@ def _strips(name: str, make: Callable[[float], Pattern]) -> Selector:
 
 def _calibrated(model: nn.Module, density: float, given: Given) -> nn.Module:
     return patch_model(model, given.mass.choose(density=density))
+
+
+def _learned(model: nn.Module, density: float, given: Given) -> nn.Module:
+    patch_model(model, LearnedTopK(density=density))
+    model.load_state_dict(given.trained, strict=False)
+    return model
 
 
 def _local(density: float) -> Pattern:
@@ -134,5 +151,6 @@ SELECTORS = {
         Selector("calibrated", CALIBRATED, _calibrated),
         _pattern("dynamic top-k", DYNAMIC, DynamicTopK),
         _pattern("dynamic top-p", DYNAMIC, DynamicTopP, (0.95, 0.9, 0.8)),
+        Selector("learned top-k", LEARNED, _learned),
     )
 }

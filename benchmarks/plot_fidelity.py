@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from block_selectors import CALIBRATED, DYNAMIC, STRIPS, TILES
+from block_selectors import CALIBRATED, DYNAMIC, LEARNED, STRIPS, TILES
 from records import RESULTS, Row, caption, read
 
 _STYLES = {  # colour, width, line
@@ -15,6 +15,7 @@ _STYLES = {  # colour, width, line
     STRIPS: ("#b8b0a8", 1.2, "--"),
     CALIBRATED: ("#c07830", 2.2, "-"),
     DYNAMIC: ("#2f7f4f", 2.2, "-"),
+    LEARNED: ("#7050a0", 2.2, "-"),
 }
 _TITLES = {TILES: "static, tiles", STRIPS: "raster strips"}
 _MARKERS = "osD^v"

@@ -98,8 +98,12 @@ def test_the_record(monkeypatch, tmp_path, capsys, model):
     monkeypatch.setattr(fidelity, "load", lambda device: model)
     monkeypatch.setattr(fidelity, "Setting", lambda: Setting(size=SIZE, digits=4, digit_sizes=(16, 90)))
     path = tmp_path / "fidelity-cpu.json"
-    names = ["local", "butterfly", "random, strips", "calibrated", "dynamic top-k", "dynamic top-p"]
+    names = ["local", "butterfly", "random, strips", "calibrated", "dynamic top-k", "learned top-k"]
+    names += ["dynamic top-p"]
     assert set(names) < set(block_selectors.SELECTORS)
+    trained = []
+    given = block_selectors.Given
+    monkeypatch.setattr(fidelity, "Given", lambda *parts: trained.append(given(*parts)) or trained[0])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     arguments = ["--device", "cpu", "--densities", "0.5", "0.25", "--selectors", *names]
     arguments += ["--tune", "dense", "calibrated", "--steps", "2", "--batch", "3", "--batches", "1"]
@@ -110,7 +114,7 @@ def test_the_record(monkeypatch, tmp_path, capsys, model):
     untuned = [row for row in rows if not row["tuned"]]
     assert [row["selector"] for row in rows] == [
         "dense", *["local"] * 2, "butterfly", *["random, strips"] * 2, *["calibrated"] * 2, *["dynamic top-k"] * 2,
-        *["dynamic top-p"] * 3, "dense", "calibrated",
+        *["learned top-k"] * 2, *["dynamic top-p"] * 3, "dense", "calibrated",
     ]  # fmt: skip
     assert (rows[0]["density"], rows[0]["mass"], rows[0]["agreement"]) == (1, 1, 100)
     for row in untuned[1:]:
@@ -122,6 +126,10 @@ def test_the_record(monkeypatch, tmp_path, capsys, model):
     by_mass = [row for row in rows if row["selector"] == "dynamic top-p"]
     assert by_mass[0]["density"] >= by_mass[1]["density"] >= by_mass[2]["density"]
     assert meta["steps"] == 2
+    selectors = trained[0].trained
+    assert list(selectors) == [f"blocks.{layer}.attn.selector.weight" for layer in range(2)]
+    for weight in selectors.values():  # no longer that of an untrained selector, ones on a diagonal
+        assert 0 < (weight - weight.round()).abs().max() < 1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert records.table(rows, fidelity.COLUMNS) in capsys.readouterr().out
     plot_fidelity.draw(rows, records.caption(meta), tmp_path / "fidelity.svg")
