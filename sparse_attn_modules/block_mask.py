@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .shared_tensors import leaving_modes
+from .shared_tensors import MadeOnStream, leaving_modes, may_keep
 from .token_grid import TokenGrid
+
+_LISTS = ("key_counts", "key_indices", "query_counts", "query_indices", "row_order")
+_making = threading.RLock()  # of all masks: one that held its own could not be copied
 
 
 class BlockMask:
     """Block pairs that attention computes, per batch entry and head or broadcast over them.
 
-    The index lists are built on first use, on the device of ``blocks``, without host synchronisation, and kept.
-    A mask is immutable: treat its tensors as read-only.
+    The index lists are built on first use, on the device of ``blocks``, without host synchronisation, and kept; streams
+    other than that of the first use wait for them. Regions that are compiled or captured in a CUDA graph compute them at
+    each call unless they exist. A mask is immutable: treat its tensors as read-only.
 
     Args:
         blocks: bool ``[B | 1, H | 1, query blocks, key blocks]``, true where the pair is computed. ``[H, Q, K]`` and
@@ -51,6 +56,7 @@ class BlockMask:
         self.query_grid = query_grid
         self.key_grid = key_grid
         self._lists: dict[str, Tensor] = {}
+        self._made = MadeOnStream()
         self._splits: dict[tuple[tuple[int, int], tuple[int, int]], BlockMask] = {}
         # Calls that passed their checks with this mask, see functional.py: the backend and the mask it runs on, or None
         # for this one, which would keep itself alive.
@@ -186,7 +192,9 @@ class BlockMask:
         if tiles == (self.query_grid.tile, self.key_grid.tile):
             return self
         if tiles in self._splits and not torch.compiler.is_compiling():
-            return self._splits[tiles]
+            finer_mask = self._splits[tiles]
+            finer_mask._made.wait(self.device)
+            return finer_mask
         with _outliving_the_call():
             grids, parents = [], []
             for grid, tile in zip((self.query_grid, self.key_grid), tiles):
@@ -199,7 +207,8 @@ class BlockMask:
             finer_mask = BlockMask(self.blocks[:, :, parents[0]][:, :, :, parents[1]], *grids)
         finer_mask._is_dense = self.is_dense
         finer_mask.declared_density = self.declared_density
-        if not torch.compiler.is_compiling():
+        if may_keep(self.device):
+            finer_mask._made.mark(self.device)
             self._splits[tiles] = finer_mask
         return finer_mask
 
@@ -209,6 +218,9 @@ class BlockMask:
         if moved_blocks is self.blocks:
             return self
         moved = BlockMask(moved_blocks, self.query_grid, self.key_grid)
+        if self.device.type == "cpu" and not self.is_dense and may_keep(moved.device):
+            # A copy from pageable memory is there when it returns, for every stream.
+            moved._lists = {name: self._list(name).to(device) for name in _LISTS}
         moved._is_dense = self.is_dense
         moved.declared_density = self.declared_density
         return moved
@@ -232,20 +244,32 @@ class BlockMask:
         return f"BlockMask({batch} × {heads} × {queries} × {keys} blocks, grid {self.query_grid}{state})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lists": {}, "_splits": {}, "plans": {}}
+        return {**self.__dict__, "_lists": {}, "_splits": {}, "_made": MadeOnStream(), "plans": {}}
 
     def _list(self, name: str) -> Tensor:
         found = self._lists.get(name)
         if found is not None:
+            self._made.wait(self.device)
             return found
+        if not may_keep(self.device):
+            return self._make(name)[name]
+        with _making:
+            if name not in self._lists:
+                self._made.wait(self.device)
+                made = self._make(name)
+                self._made.mark(self.device)
+                self._lists.update(made)
+            else:
+                self._made.wait(self.device)
+            return self._lists[name]
+
+    def _make(self, name: str) -> dict[str, Tensor]:
         with _outliving_the_call():
             if name == "row_order":
-                self._lists[name] = torch.argsort(self.key_counts, dim=-1, descending=True, stable=True).int()
-            elif name.startswith("key"):
-                self._lists["key_counts"], self._lists["key_indices"] = _index_lists(self.blocks)
-            else:
-                self._lists["query_counts"], self._lists["query_indices"] = _index_lists(self.blocks.mT)
-        return self._lists[name]
+                return {name: torch.argsort(self.key_counts, dim=-1, descending=True, stable=True).int()}
+            side = name.partition("_")[0]
+            counts, indices = _index_lists(self.blocks if side == "key" else self.blocks.mT)
+        return {f"{side}_counts": counts, f"{side}_indices": indices}
 
     def _check_same_geometry(self, other: BlockMask, what: str) -> None:
         if not isinstance(other, BlockMask):

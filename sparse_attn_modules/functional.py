@@ -20,6 +20,7 @@ from .backends import BACKENDS, AttentionInputs, Request, select_backend
 from .backends.gathered import dense_attention
 from .block_mask import BlockMask
 from .operator import attention_forward
+from .shared_tensors import may_keep
 from .tracing import jit_tracer
 
 _MAX_PLANS = 64  # of one mask: more than a model has shapes, less than a leak
@@ -196,6 +197,8 @@ def _plan(
         return _checked_plan(*arguments)  # which tells what is wrong
     if plan is None:
         name, fitted = _checked_plan(*arguments)
+        if fitted is not mask and not may_keep(mask.device):
+            return name, fitted
         if len(mask.plans) >= _MAX_PLANS:
             mask.plans.clear()
         mask.plans[signature] = name, None if fitted is mask else fitted

@@ -43,6 +43,42 @@ def _pausing_jit_trace() -> Iterator[None]:
         set_tracing_state(tracing)
 
 
+def may_keep(device: torch.device) -> bool:
+    """Whether tensors computed now on a device may be kept for later calls.
+
+    Those of a region that is compiled, or captured in a CUDA graph, belong to that graph: its memory is reused, and
+    what was captured is not computed before the first replay.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return not (device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+class MadeOnStream:
+    """Makes other streams of a device wait for tensors that were made on one, until these are there."""
+
+    def __init__(self) -> None:
+        self._event: torch.cuda.Event | None = None
+
+    def mark(self, device: torch.device) -> None:
+        """To be called when they have been made, before others may find them."""
+        if device.type == "cuda" and torch.cuda.is_initialized():  # else they are fake
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            self._event = event
+
+    def wait(self, device: torch.device) -> None:
+        """To be called before they are used."""
+        event = self._event
+        # A captured graph cannot wait for what happens outside; who captures has warmed up before.
+        if event is None or not may_keep(device):
+            return
+        if event.query():
+            self._event = None
+        else:
+            torch.cuda.current_stream(device).wait_event(event)
+
+
 @contextmanager
 def building_shared_tensors() -> Iterator[None]:
     """:func:`leaving_modes`, and the default device, while tensors for a cache are built on the CPU.

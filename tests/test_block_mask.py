@@ -222,3 +222,27 @@ def test_lists_and_splits_made_among_fake_tensors_are_real():
     for name in ("key_counts", "key_indices", "query_counts", "query_indices", "row_order"):
         assert torch.equal(getattr(mask, name), getattr(twin, name))
     assert torch.equal(mask.split((2, 2), (2, 2)).blocks, twin.split((2, 2), (2, 2)).blocks)
+
+
+def test_a_compiled_call_leaves_nothing_with_the_mask():
+    """What a compiled region computes lies in its graph's memory, and a mask that changed would be compiled again."""
+    mask = BlockMask(torch.rand(1, 2, 2, 2) < 0.6, TokenGrid(16, 16))
+    query = torch.randn(1, 2, 256, 16)
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def attend(query):
+        return block_sparse_attention(query, query, query, mask, backend="gathered")
+
+    outs = [attend(query) for _ in range(3)]
+    assert counter.frame_count == 1
+    assert not mask._lists
+    torch.testing.assert_close(outs[2], block_sparse_attention(query, query, query, mask, backend="gathered"))
+
+
+def test_a_mask_arrives_on_another_device_with_its_lists():
+    blocks = torch.rand(1, 2, 4, 4) < 0.6
+    blocks[..., 0] = True
+    moved = BlockMask(blocks & ~torch.eye(4, dtype=torch.bool), TokenGrid(16, 32)).to("meta")
+    assert set(moved._lists) == {"key_counts", "key_indices", "query_counts", "query_indices", "row_order"}
+    assert all(tensor.device.type == "meta" for tensor in moved._lists.values())
