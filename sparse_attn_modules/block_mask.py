@@ -20,8 +20,8 @@ class BlockMask:
     """Block pairs that attention computes, per batch entry and head or broadcast over them.
 
     The index lists are built on first use, on the device of ``blocks``, without host synchronisation, and kept; streams
-    other than that of the first use wait for them. Regions that are compiled or captured in a CUDA graph compute them at
-    each call unless they exist. A mask is immutable: treat its tensors as read-only.
+    other than that of the first use wait for them. Regions that are compiled, or captured in a CUDA graph, compute them
+    at each call unless they exist. A mask is immutable: treat its tensors as read-only.
 
     Args:
         blocks: bool ``[B | 1, H | 1, query blocks, key blocks]``, true where the pair is computed. ``[H, Q, K]`` and
