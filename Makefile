@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint benchmark
 
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/quickstart.py
 
 test: lint

@@ -21,6 +21,7 @@ import attention_backward
 import attention_summary
 import cpu_attention
 import encoders
+import fidelity_summary
 import training
 from records import RESULTS, Column, Row, caption, read, table
 
@@ -44,6 +45,8 @@ TABLES = {
     "attention_summary": Table("attention", attention_summary.COLUMNS, attention_summary.summarize),
     "cpu_attention": Table("cpu_attention", cpu_attention.COLUMNS),
     "encoders": Table("encoders", encoders.COLUMNS),
+    "fidelity": Table("fidelity", fidelity_summary.COLUMNS),
+    "fidelity_summary": Table("fidelity", fidelity_summary.COLUMNS, fidelity_summary.summarize),
     "training": Table("training", training.STEP_COLUMNS, training.steps),
     "training_attention": Table("training", training.ATTENTION_COLUMNS, training.attention),
 }

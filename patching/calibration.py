@@ -111,8 +111,8 @@ def measure_attention_mass(
         if key in layers:
             layers[key] = replace(layers[key], names=(*layers[key].names, name))
             continue
-        grid, mass, note = recorder.result(key)
         verdict = slot.verdict
+        grid, mass, note = recorder.result(key, verdict.geometry())
         weights = sample_weights(slot.original)
         layers[key] = LayerMass((name,), verdict.num_heads, verdict.head_dim, grid, mass, weights, note)
     result = AttentionMass(tuple(layers.values()), images)
@@ -151,13 +151,20 @@ class _Recorder:
         self._sums[key] = self._sums[key] + total if key in self._sums else total
         self._rows[key] = self._rows.get(key, 0) + call.query.shape[0] * call.query_grid.num_tokens
 
-    def result(self, key: int) -> tuple[TokenGrid | None, Tensor | None, str]:
-        """Grid, mass ``[heads, query blocks, key blocks]``, and why there is none."""
-        grid = self._grids.get(key)
-        if key in self._notes or key not in self._sums:
-            fallback = "attention by blocks was not used" if key in self.selected else "it was not selected"
-            return grid, None, self._notes.get(key, fallback)
-        return grid, (self._sums[key] / self._rows[key]).cpu(), ""
+    def result(self, key: int, geometry: tuple[TokenGrid, int] | None) -> tuple[TokenGrid | None, Tensor | None, str]:
+        """Grid, mass ``[heads, query blocks, key blocks]``, and why there is none.
+
+        Args:
+            geometry: what is known of the layer's grid, should no call of it have been seen.
+        """
+        grid = self._grids.get(key, None if geometry is None else geometry[0])
+        if key in self._sums and key not in self._notes:
+            return grid, (self._sums[key] / self._rows[key]).cpu(), ""
+        note = self._notes.get(key)
+        if note is None:
+            # Windows may be computed without a call that could be seen.
+            note = (grid and why_skipping_cannot_pay(grid)) or "attention by blocks was not used"
+        return grid, None, note
 
     def _note(self, key: int, call: AttentionCall) -> str:
         if key not in self.selected:

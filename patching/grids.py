@@ -60,6 +60,8 @@ class GridSource:
     def observe(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the patch embedding: notes the grid."""
         height, width = _size(module, args, output)
+        if torch.jit.is_tracing():
+            height, width = int(height), int(width)  # torch.jit.trace gives sizes as tensors
         self._latest = (height, width)
         if torch.compiler.is_compiling():
             return

@@ -7,7 +7,7 @@ same call; what it is called with is shown to an observer. Afterwards the model 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ class AttentionCall:
 
 
 Observe = Callable[[nn.Module, AttentionCall], None]
+Attend = Callable[..., Tensor]
 
 
 def replaceable_slots(model: nn.Module) -> list[Slot]:
@@ -74,8 +75,7 @@ def replaceable_slots(model: nn.Module) -> list[Slot]:
     return [slot for slot in attention_slots(model) if isinstance(slot.verdict, Replaceable)]
 
 
-@contextmanager
-def observing_attention(model: nn.Module, observe: Observe) -> Iterator[None]:
+def observing_attention(model: nn.Module, observe: Observe) -> AbstractContextManager[None]:
     """While it is entered, ``observe(original layer, call)`` sees every call of attention in a model.
 
     The model runs in evaluation mode, without gradients, and eagerly even if it is compiled.
@@ -83,15 +83,22 @@ def observing_attention(model: nn.Module, observe: Observe) -> Iterator[None]:
     Raises:
         ValueError: if nothing in the model can be patched, with the reasons.
     """
+    return attending_by(model, lambda layer, original: _observed(layer, original, observe))
+
+
+@contextmanager
+def attending_by(model: nn.Module, make: Callable[[SparseAttention, nn.Module], Attend]) -> Iterator[None]:
+    """While it is entered, attention is computed by ``make(replacement, original layer)`` for each layer."""
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
     children = {id(module._modules): (module._modules, dict(module._modules)) for module in modules}
     sources = [(module, installed_sources(module)) for module in modules]
     try:
-        patch_model(model, Dense())
+        # The backend that needs no compiler, any dtype, and memory that grows with the number of tokens.
+        patch_model(model, Dense(), backend="gathered")
         for slot in attention_slots(model):
             if isinstance(slot.current, SparseAttention) and slot.current is not slot.original:
-                vars(slot.current)["attend"] = _observed(slot.current, slot.original, observe)
+                vars(slot.current)["attend"] = make(slot.current, slot.original)
         model.eval()
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
@@ -109,7 +116,7 @@ def observing_attention(model: nn.Module, observe: Observe) -> Iterator[None]:
             module.training = mode
 
 
-def _observed(layer: SparseAttention, original: nn.Module, observe: Observe) -> Callable[..., Tensor]:
+def _observed(layer: SparseAttention, original: nn.Module, observe: Observe) -> Attend:
     def attend(
         query: Tensor,
         key: Tensor,

@@ -144,6 +144,8 @@ def _replacement(slot: Slot, verdict: Replaceable, arguments: _Arguments) -> nn.
         _carry_back(current, slot.original)
     pattern, backend, compute_dtype = arguments
     new = verdict.build(DenseOnFewTiles.around(pattern), backend, compute_dtype)
+    if isinstance(current, SparseAttention) and current.selector is not None and new.selector is not None:
+        new.selector = current.selector
     geometry = verdict.geometry()
     if geometry is not None and not new.pattern.is_dynamic_on(geometry[0], geometry[0]):
         # A pattern that does not fit raises here rather than in the first forward pass; and a model that is compiled

@@ -48,6 +48,10 @@ class DenseOnFewTiles(Pattern):
             query_grid, key_grid
         )
 
+    @property
+    def has_selector(self) -> bool:
+        return self.pattern.has_selector
+
     def select(self, query: Tensor, key: Tensor, query_grid: TokenGrid, *rest: Any, **options: Any) -> BlockMask:
         key_grid = rest[0] if rest and rest[0] is not None else query_grid
         if why_skipping_cannot_pay(query_grid, key_grid) is None:

@@ -1,5 +1,5 @@
 """Command line: ``python -m sparse_attn_modules info`` says what is installed and which backends can run, ``build``
-compiles the CUDA kernels ahead of time."""
+compiles the CUDA kernels ahead of time, ``choose`` finds the blocks that a model needs on given photographs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from . import __version__
 from .backends import BACKENDS
 from .build import ARCHITECTURES, BuildError, build_library
+from .patching.choose import add_arguments, choose
 
 _OPTIONAL_PACKAGES = ("einops", "timm", "segment_anything", "torchvision", "triton", "matplotlib", "scikit-image")
 
@@ -58,9 +59,19 @@ def main(arguments: list[str] | None = None) -> int:
     build = commands.add_parser("build", help="compile the CUDA kernels ahead of time")
     build.add_argument("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], help="GPU architecture")
     build.add_argument("--into", metavar="DIR", help="folder for the library; default: the user's cache")
+    add_arguments(
+        commands.add_parser("choose", help="calibrate a model on a folder of photographs: mask file, trade, pictures")
+    )
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(info())
+        return 0
+    if options.command == "choose":
+        try:
+            choose(options)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 1
         return 0
     try:
         print(build_library(options.arch, options.into))

@@ -24,7 +24,7 @@ def check_numbers(scale: Any, dropout_p: Any) -> None:
 
 def check_no_tangents(tensors: tuple[Tensor, ...]) -> None:
     """An operator without a forward-mode formula would drop tangents without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(f"{OP}: gradients must be taken in reverse mode, got a forward-mode tangent")

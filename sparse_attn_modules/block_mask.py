@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .shared_tensors import leaving_modes
 from .token_grid import TokenGrid
 
 
@@ -43,15 +45,16 @@ class BlockMask:
             )
         if not torch.compiler.is_compiling() and blocks.is_inference():
             # Autograd could not save it in a later training step.
-            with torch.inference_mode(False):
+            with _outliving_the_call():
                 blocks = blocks.clone()
         self.blocks = blocks.reshape((1,) * (4 - blocks.dim()) + tuple(blocks.shape))
         self.query_grid = query_grid
         self.key_grid = key_grid
         self._lists: dict[str, Tensor] = {}
         self._splits: dict[tuple[tuple[int, int], tuple[int, int]], BlockMask] = {}
-        # Calls that passed their checks with this mask, see functional.py: the backend and the mask it runs on.
-        self.plans: dict[Any, tuple[str, BlockMask]] = {}
+        # Calls that passed their checks with this mask, see functional.py: the backend and the mask it runs on, or None
+        # for this one, which would keep itself alive.
+        self.plans: dict[Any, tuple[str, BlockMask | None]] = {}
         # Looking at values would wait for an accelerator and break a compiled graph; a mask then counts as dense only
         # if it is declared so.
         may_look = self.blocks.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -177,24 +180,23 @@ class BlockMask:
         """The same mask in smaller blocks; itself if these are its tiles. Kept once made.
 
         Raises:
-            ValueError: if a tile does not divide that of this mask's grid.
+            ValueError: if a tile is no pair of positive integers, or does not divide that of this mask's grid.
         """
-        tiles = (query_tile, key_tile)
+        tiles = _checked_tile(query_tile), _checked_tile(key_tile)
         if tiles == (self.query_grid.tile, self.key_grid.tile):
             return self
         if tiles in self._splits and not torch.compiler.is_compiling():
             return self._splits[tiles]
-        grids, parents = [], []
-        for grid, tile in ((self.query_grid, query_tile), (self.key_grid, key_tile)):
-            if grid.tile[0] % tile[0] or grid.tile[1] % tile[1]:
-                raise ValueError(f"BlockMask.split: tiles must divide {grid.tile}, got {tile}")
-            finer = TokenGrid(grid.height, grid.width, grid.prefix, grid.suffix, tile)
-            # A block is never empty, and its first slot always exists.
-            parents.append(grid.block_of_token(self.device)[finer.block_tokens(self.device)[:, 0]])
-            grids.append(finer)
-        with torch.inference_mode(False):
-            blocks = self.blocks[:, :, parents[0]][:, :, :, parents[1]]
-        finer_mask = BlockMask(blocks, *grids)
+        with _outliving_the_call():
+            grids, parents = [], []
+            for grid, tile in zip((self.query_grid, self.key_grid), tiles):
+                if grid.tile[0] % tile[0] or grid.tile[1] % tile[1]:
+                    raise ValueError(f"BlockMask.split: tiles must divide {grid.tile}, got {tile}")
+                finer = TokenGrid(grid.height, grid.width, grid.prefix, grid.suffix, tile)
+                # A block is never empty, and its first slot always exists.
+                parents.append(grid.block_of_token(self.device)[finer.block_tokens(self.device)[:, 0]])
+                grids.append(finer)
+            finer_mask = BlockMask(self.blocks[:, :, parents[0]][:, :, :, parents[1]], *grids)
         finer_mask._is_dense = self.is_dense
         finer_mask.declared_density = self.declared_density
         if not torch.compiler.is_compiling():
@@ -234,17 +236,16 @@ class BlockMask:
 
     def _list(self, name: str) -> Tensor:
         found = self._lists.get(name)
-        if found is None:
+        if found is not None:
+            return found
+        with _outliving_the_call():
             if name == "row_order":
-                counts = self.key_counts
-                with torch.inference_mode(False):
-                    self._lists[name] = torch.argsort(counts, dim=-1, descending=True, stable=True).int()
+                self._lists[name] = torch.argsort(self.key_counts, dim=-1, descending=True, stable=True).int()
             elif name.startswith("key"):
                 self._lists["key_counts"], self._lists["key_indices"] = _index_lists(self.blocks)
             else:
                 self._lists["query_counts"], self._lists["query_indices"] = _index_lists(self.blocks.mT)
-            found = self._lists[name]
-        return found
+        return self._lists[name]
 
     def _check_same_geometry(self, other: BlockMask, what: str) -> None:
         if not isinstance(other, BlockMask):
@@ -258,7 +259,17 @@ class BlockMask:
 
 def _index_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     blocks = blocks.contiguous()  # or the lists would inherit its strides, and kernels read them as rows
-    with torch.inference_mode(False):
-        counts = blocks.sum(-1, dtype=torch.int32)
-        indices = torch.argsort((~blocks).to(torch.uint8), dim=-1, stable=True).int()
-    return counts, indices
+    counts = blocks.sum(-1, dtype=torch.int32)
+    return counts, torch.argsort((~blocks).to(torch.uint8), dim=-1, stable=True).int()
+
+
+def _outliving_the_call() -> AbstractContextManager[Any]:
+    """For what a mask keeps. The tracer of torch.compile keeps nothing, and knows inference mode alone."""
+    return torch.inference_mode(False) if torch.compiler.is_compiling() else leaving_modes()
+
+
+def _checked_tile(tile: Any) -> tuple[int, int]:
+    is_pair = isinstance(tile, (tuple, list)) and len(tile) == 2
+    if not is_pair or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in tile):
+        raise ValueError(f"BlockMask.split: tiles must be (height, width) in positive integers, got {tile!r}")
+    return tile[0], tile[1]

@@ -51,7 +51,7 @@ class BuildError(RuntimeError):
 def find_sources() -> Path:
     """The folder of CUDA sources: beside the package in a checkout, inside it in an installed wheel."""
     for folder in (_PACKAGE / "kernels", _PACKAGE.parent / "kernels"):
-        if (folder / "library.cu").is_file():
+        if (folder / "library.cpp").is_file():
             return folder
     raise BuildError(f"the CUDA sources must lie in {_PACKAGE / 'kernels'} or {_PACKAGE.parent / 'kernels'}")
 
@@ -159,7 +159,7 @@ def _cached_name(arch: str, nvcc: Path) -> str:
 def _digest_of_sources(arch: str) -> hashlib._Hash:
     digest = hashlib.sha256()
     sources = find_sources()
-    for path in sorted(path for path in sources.rglob("*") if path.suffix in (".cu", ".cuh", ".h")):
+    for path in sorted(path for path in sources.rglob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")):
         digest.update(path.relative_to(sources).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     for part in (arch, *_FLAGS, _TORCH_TARGET):
         digest.update(part.encode() + b"\0")
@@ -216,7 +216,7 @@ def _compile(nvcc: Path, arch: str, scratch: Path) -> Path:
 
     torch_folder = Path(torch.__file__).resolve().parent
     sources = find_sources()
-    units = [sources / "library.cu", *sorted((sources / arch.rstrip("a").replace("_", "")).glob("*.cu"))]
+    units = [sources / "library.cpp", *sorted((sources / arch.rstrip("a").replace("_", "")).glob("*.cu"))]
     target = f"-gencode=arch=compute_{arch[3:]},code={arch}"
     flags = [*_FLAGS, target, f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}", f"-I{torch_folder / 'include'}"]
     jobs = min(len(units), len(os.sched_getaffinity(0)))

@@ -20,6 +20,7 @@ from .backends import BACKENDS, AttentionInputs, Request, select_backend
 from .backends.gathered import dense_attention
 from .block_mask import BlockMask
 from .operator import attention_forward
+from .tracing import jit_tracer
 
 _MAX_PLANS = 64  # of one mask: more than a model has shapes, less than a leak
 
@@ -101,6 +102,7 @@ def block_sparse_attention(
     differentiable = (query, key, value) if rel_h is None or rel_w is None else (query, key, value, rel_h, rel_w)
     check_no_tangents(differentiable)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    needs_grad = needs_grad or jit_tracer() is not None  # whose graph must not depend on what needs gradients now
     if scale is None:
         scale = query.shape[-1] ** -0.5
     is_plain = mask.is_dense and rel_h is None and key_padding_mask is None and dropout_p == 0 and not return_lse
@@ -189,11 +191,13 @@ def _plan(
     except (AttributeError, IndexError, TypeError):
         return _checked_plan(*arguments)  # which tells what is wrong
     if plan is None:
-        plan = _checked_plan(*arguments)
+        name, fitted = _checked_plan(*arguments)
         if len(mask.plans) >= _MAX_PLANS:
             mask.plans.clear()
-        mask.plans[signature] = plan
-    return plan
+        mask.plans[signature] = name, None if fitted is mask else fitted
+        return name, fitted
+    name, other = plan
+    return name, mask if other is None else other
 
 
 def _checked_plan(

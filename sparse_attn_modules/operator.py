@@ -18,7 +18,7 @@ from .autocast import is_autocast_on, without_autocast
 from .backends import BACKENDS, AttentionInputs
 from .backends.interface import AttentionGradients, empty_tokens_before_heads, tokens_before_heads
 from .token_grid import TokenGrid
-from .tracing import is_watched
+from .tracing import is_disguised, is_watched
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor blocks, Tensor key_counts, Tensor key_indices, Tensor row_order, "
@@ -87,11 +87,12 @@ class _EagerAttention(torch.autograd.Function):
         *saved, out, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * (len(_SAVED) + 2)
+        is_plain = not any(grad is not None and is_disguised(grad) for grad in grad_outputs)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         inputs = AttentionInputs(**dict(zip(_SAVED, saved)), **ctx.others)
         # A backward pass that shall be differentiable must say that it is not: the operator does.
-        through_operator = torch.is_grad_enabled() or is_watched() or type(grad_out) is not Tensor
+        through_operator = torch.is_grad_enabled() or is_watched() or not is_plain
         run = _backward_operator if through_operator else _run_backward
         grads = run(inputs, ctx.backend, grad_out, grad_lse, out, lse)
         return grads.query, grads.key, grads.value, grads.rel_h, grads.rel_w, None, None, None

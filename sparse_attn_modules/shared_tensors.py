@@ -18,11 +18,36 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
 
 
 @contextmanager
-def building_shared_tensors() -> Iterator[None]:
-    """Leaves inference mode, fake tensors and the default device while tensors for a cache are built on the CPU.
+def leaving_modes() -> Iterator[None]:
+    """Leaves inference mode, fake tensors and ``torch.jit.trace`` while something is computed that outlives the call.
 
-    Else a mask first met in inference mode could not serve a later training step, and one first met under
-    ``torch.device("meta")`` would stay there for the rest of the process.
+    Else a mask first met in inference mode could not serve a later training step, lists made among fake tensors would
+    stay fake, and a traced graph would compute what is kept.
     """
-    with torch.inference_mode(False), unset_fake_temporarily(), torch.device("cpu"):
+    with torch.inference_mode(False), unset_fake_temporarily(), _pausing_jit_trace():
+        yield
+
+
+@contextmanager
+def _pausing_jit_trace() -> Iterator[None]:
+    tracing = torch._C._get_tracing_state()
+    # Within an operator nothing is traced anyway, and the state must not be touched.
+    if tracing is None or torch._C._dispatch_tls_is_dispatch_key_excluded("Tracer"):
+        yield
+        return
+    set_tracing_state = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_tracing_state(None)
+    try:
+        yield
+    finally:
+        set_tracing_state(tracing)
+
+
+@contextmanager
+def building_shared_tensors() -> Iterator[None]:
+    """:func:`leaving_modes`, and the default device, while tensors for a cache are built on the CPU.
+
+    What was first met under ``torch.device("meta")`` would stay there for the rest of the process.
+    """
+    with leaving_modes(), torch.device("cpu"):
         yield

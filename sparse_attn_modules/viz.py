@@ -1,4 +1,4 @@
-"""Pictures of masks: which blocks, which patches of a photograph, how dense each layer.
+"""Pictures of masks: which blocks, which patches of a photograph, how dense each layer, what is kept of attention.
 
 Every function returns a ``matplotlib.figure.Figure`` that belongs to no window and changes no global state; save it
 with ``figure.savefig(path)``. Colours are told apart by colour-blind readers too.
@@ -179,6 +179,152 @@ def plot_density(layers: Iterable[tuple[str, float | None]]) -> Figure:
     ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
     ax.set_xlabel("density")
     _clean(ax)
+    return figure
+
+
+def plot_head_density(layers: Iterable[tuple[str, Sequence[float] | None]]) -> Figure:
+    """A square per layer (row) and head (column), the darker the more block pairs it computes.
+
+    Args:
+        layers: (name, density of each head) of each layer in order; None for a layer that is dense.
+
+    Raises:
+        ValueError: if there is no layer, or a density does not lie in [0, 1].
+    """
+    from matplotlib.figure import Figure
+
+    rows = list(layers)
+    if not rows:
+        raise ValueError("plot_head_density: layers must not be empty")
+    heads = max([1, *(len(densities) for _, densities in rows if densities is not None)])
+    table = torch.full((len(rows), heads), torch.nan)
+    for row, (name, densities) in enumerate(rows):
+        for head, density in enumerate(densities or ()):
+            if not 0 <= density <= 1:
+                raise ValueError(f"plot_head_density: density must lie in [0, 1], got {density} for {name}")
+            table[row, head] = density
+    figure = Figure(figsize=(0.46 * heads + 4.2, 0.34 * len(rows) + 1.6), layout=_layout())
+    ax = figure.subplots()
+    ax.set_facecolor(_PALE)
+    shown = ax.imshow(table.numpy(), cmap="viridis_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    for row, (_, densities) in enumerate(rows):
+        if densities is None:
+            ax.text((heads - 1) / 2, row, "dense", ha="center", va="center", fontsize=8, color=_GREY)
+        for head, density in enumerate(densities or ()):
+            colour = "white" if density > 0.55 else "#222222"
+            ax.text(head, row, f"{density:.2f}".removeprefix("0"), ha="center", va="center", fontsize=7.5, color=colour)
+    ax.set_xticks(range(heads))
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+    ax.set_xlabel("head")
+    known = table[~table.isnan()]
+    mean = f" · mean {known.mean():.3g}" if known.numel() else ""
+    ax.set_title(f"block pairs computed per head{mean}", fontsize=11)
+    figure.colorbar(shown, ax=ax, shrink=0.9, pad=0.02).set_label("density")
+    _clean(ax)
+    return figure
+
+
+def plot_trade(points: Iterable[tuple[float, float, float]], *, chosen: float | None = None) -> Figure:
+    """Attention mass kept and likeness of the output, over density.
+
+    Args:
+        points: (density, mass kept, cosine between the output and that of dense attention), in any order.
+        chosen: a density to mark.
+
+    Raises:
+        ValueError: if there is no point.
+    """
+    from matplotlib.figure import Figure
+
+    ordered = sorted(points)
+    if not ordered:
+        raise ValueError("plot_trade: points must not be empty")
+    densities = [density for density, _, _ in ordered]
+    figure = Figure(figsize=(9.0, 3.6), layout=_layout())
+    for ax, column, label in zip(
+        figure.subplots(1, 2), (1, 2), ("attention mass kept", "cosine of the output to dense")
+    ):
+        values = [point[column] for point in ordered]
+        ax.plot([*densities, 1.0], [*values, 1.0], color=_BLUE, marker="o", markersize=5, linewidth=1.8)
+        for density, value in zip(densities, values):
+            ax.annotate(f"{value:.3f}", (density, value), (6, -12), textcoords="offset points", fontsize=8)
+        if chosen is not None:
+            ax.axvline(chosen, color=_VERMILION, linewidth=1.2, linestyle="--", zorder=0)
+        ax.set_xlabel("density")
+        ax.set_title(label, fontsize=11)
+        ax.set_xlim(0, 1.03)
+        ax.margins(y=0.14)
+        ax.grid(color=_PALE)
+        _clean(ax)
+    return figure
+
+
+def plot_query_attention(
+    image: Any, weights: Tensor, mask: BlockMask, query: tuple[int, int], *, title: str = ""
+) -> Figure:
+    """Where one query looks, over the photograph: its dense attention, and what a mask leaves of it.
+
+    Args:
+        image: the photograph, as for :func:`plot_attended_patches`.
+        weights: dense attention weights of the query, ``[heads, keys]``; the mean over heads is drawn.
+        mask: the mask, for one head or as many.
+        query: (row, column) of the query's patch.
+        title: what layer it is, say.
+
+    Raises:
+        ValueError: if an argument is not as described, or does not fit the mask.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    op, grid = "plot_query_attention", mask.key_grid
+    photo = _as_rgb(op, image)
+    heads = mask.blocks.shape[1]
+    if weights.dim() != 2 or weights.shape[1] != grid.num_tokens or heads not in (1, weights.shape[0]):
+        raise ValueError(
+            f"{op}: weights must have shape [{heads if heads > 1 else 'heads'}, {grid.num_tokens}] for {grid}, "
+            f"got {list(weights.shape)}"
+        )
+    for name, position, size in zip(("row", "column"), query, (mask.query_grid.height, mask.query_grid.width)):
+        _check_index(op, f"query {name}", position, size)
+    token = mask.query_grid.prefix + query[0] * mask.query_grid.width + query[1]
+    row = mask.blocks[0, :, int(mask.query_grid.block_of_token()[token])].cpu()  # [heads | 1, key blocks]
+    is_kept = row[:, grid.block_of_token()].expand(weights.shape)
+    dense = weights.detach().float().cpu()
+    kept = dense * is_kept
+    share = float(kept.sum() / dense.sum())
+    kept = kept / kept.sum(-1, keepdim=True).clamp(min=1e-30)
+
+    extent = (0, grid.width, grid.height, 0)
+    height = min(max(3.6 * photo.shape[0] / photo.shape[1], 2.2), 7.0)
+    figure = Figure(figsize=(12.0, height + 1.0), layout=_layout())
+    left, middle, right = figure.subplots(1, 3)
+    left.imshow(photo.numpy(), extent=extent, aspect="auto", interpolation="antialiased")
+    left.set_title("query", fontsize=11)
+    grey = (photo @ torch.tensor([0.299, 0.587, 0.114])).numpy()
+    patches = slice(grid.prefix, grid.prefix + grid.num_patches)
+    maps = [part.mean(0)[patches].view(grid.height, grid.width) for part in (dense, kept)]
+    # Weights differ by orders of magnitude: the root lets the weak ones be seen.
+    top = max(float(part.max()) for part in maps) ** 0.5
+    for ax, part, label in zip((middle, right), maps, ("dense", f"kept: {share:.1%} of the weight")):
+        ax.imshow(grey, extent=extent, aspect="auto", cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
+        ax.imshow(
+            part.sqrt().numpy(), extent=extent, aspect="auto", cmap="inferno", vmin=0, vmax=top, alpha=0.72,
+            interpolation="nearest",
+        )  # fmt: skip
+        ax.set_title(label, fontsize=11)
+        _draw_tiles(ax, grid)
+    for ax in (left, middle, right):
+        y, x = _on_key_grid(query, mask)
+        for colour, width in (("white", 3.0), (_VERMILION, 1.6)):
+            ax.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=colour, linewidth=width))
+        ax.set_xlim(0, grid.width)
+        ax.set_ylim(grid.height, 0)
+        ax.set_box_aspect(photo.shape[0] / photo.shape[1])
+        _clean(ax)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    figure.suptitle(f"{title} · " * bool(title) + f"patch at row {query[0]}, column {query[1]}", fontsize=11)
     return figure
 
 

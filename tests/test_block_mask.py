@@ -1,11 +1,14 @@
 """BlockMask: lists, densities, token masks, set operations."""
 
 import copy
+import gc
 import pickle
 import time
+import weakref
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from sparse_attn_modules import BlockMask, LocalWindow, Random, TokenGrid, block_sparse_attention
 
@@ -174,6 +177,13 @@ def test_split_means_the_same_in_smaller_blocks(tile, finer):
 def test_split_refuses_tiles_that_do_not_divide():
     with pytest.raises(ValueError, match=r"BlockMask.split: tiles must divide \(2, 4\), got \(2, 3\)"):
         random_mask().split((2, 3), (3, 2))
+    assert random_mask().split([1, 2], (1, 2)).query_grid.tile == (1, 2)
+
+
+@pytest.mark.parametrize("tile", [0, (2,), (0, 2), (True, 2), (2.0, 2), None, "ab"])
+def test_split_refuses_what_is_no_tile(tile):
+    with pytest.raises(ValueError, match=r"BlockMask.split: tiles must be \(height, width\) in positive integers, got"):
+        random_mask().split((1, 1), tile)
 
 
 def test_lists_are_contiguous_whatever_the_strides_of_the_blocks():
@@ -182,3 +192,33 @@ def test_lists_are_contiguous_whatever_the_strides_of_the_blocks():
     mask = BlockMask(blocks, grid, other)
     for name in ("key_counts", "key_indices", "query_counts", "query_indices", "row_order"):
         assert getattr(mask, name).is_contiguous(), name
+
+
+@pytest.mark.parametrize("backend", ["gathered", "reference"])
+def test_a_mask_goes_with_its_last_reference(backend):
+    """What it keeps of calls must not keep the mask: a dynamic pattern makes one at each call."""
+    mask = random_mask()
+    query, key = (torch.randn(2, 3, grid.num_tokens, 4) for grid in (QUERIES, KEYS))
+    gone = weakref.ref(mask)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            block_sparse_attention(query, key, key, mask, backend=backend)
+        del mask
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_lists_and_splits_made_among_fake_tensors_are_real():
+    grid = TokenGrid(9, 11, prefix=1, tile=(4, 4))
+    mask = BlockMask((torch.rand(3, grid.num_blocks, grid.num_blocks) < 0.5).mT, grid)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        lists = [getattr(mask, name) for name in ("key_counts", "query_indices", "row_order")]
+        lists += [mask.split((2, 2), (2, 2)).blocks]
+    assert not any(isinstance(made, FakeTensor) for made in lists)
+    twin = BlockMask(mask.blocks, grid)
+    for name in ("key_counts", "key_indices", "query_counts", "query_indices", "row_order"):
+        assert torch.equal(getattr(mask, name), getattr(twin, name))
+    assert torch.equal(mask.split((2, 2), (2, 2)).blocks, twin.split((2, 2), (2, 2)).blocks)

@@ -244,6 +244,41 @@ def test_tracers_see_the_operator_and_vmap_goes_through_it():
     torch.testing.assert_close(mapped, torch.stack([attend(query) for query in batch]))
 
 
+@pytest.mark.parametrize("of", ["out", "lse"])
+def test_batches_of_gradients(of):
+    """Of ``is_grads_batched``, with which ``jacobian(vectorize=True)`` works: a vmap that tells nobody of itself."""
+    tensors = [*inputs(), *relative_position()]
+
+    def attend(query, key, value, *relative):
+        results = block_sparse_attention(query, key, value, MASK, relative_position=relative, return_lse=True)
+        return results[of == "lse"]
+
+    grads = torch.randn(3, *attend(*tensors).shape, dtype=torch.float64)
+    found = torch.autograd.grad(attend(*tensors), tensors[:2], grads, is_grads_batched=True)
+    each = [torch.autograd.grad(attend(*tensors), tensors[:2], grad) for grad in grads]
+    for batch, one_by_one in zip(found, zip(*each)):
+        torch.testing.assert_close(batch, torch.stack(one_by_one))
+
+
+def test_jit_trace_of_a_layer_that_is_trained():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return block_sparse_attention(x * self.gain, x, x, MASK)
+
+    layer = Scaled()
+    x, other, _ = inputs(torch.float32, requires_grad=False)
+    traced = torch.jit.trace(layer, x)
+    out = layer(other)
+    torch.testing.assert_close(traced(other), out)
+    grad = torch.randn_like(out)
+    found, expected = (torch.autograd.grad(result, layer.gain, grad) for result in (traced(other), out))
+    torch.testing.assert_close(found, expected)
+
+
 def test_two_threads_agree_with_one():
     images = [torch.randn(1, height, 8, 8) for height in (5, 6, 7, 8)]
     layer = Layer(Random(0.5))

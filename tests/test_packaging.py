@@ -19,7 +19,7 @@ def sources_in_the_tree():
         f"sparse_attn_modules/{path.relative_to(ROOT / 'sparse_attn_modules')}"
         for path in (ROOT / "sparse_attn_modules").rglob("*.py")
     }
-    for folder, suffixes in (("patching", {".py"}), ("kernels", {".cu", ".cuh", ".h"})):
+    for folder, suffixes in (("patching", {".py"}), ("kernels", {".cpp", ".cu", ".cuh", ".h"})):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in suffixes:
                 files.add(f"sparse_attn_modules/{path.relative_to(ROOT)}")

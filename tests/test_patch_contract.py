@@ -544,6 +544,18 @@ def test_compiled_blocks_follow_the_grid_of_the_model():
         torch.testing.assert_close(model(x), eager(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_traces():
+    """Sizes are tensors then; none of them may stay behind in what follows the grid."""
+    model, (x, other) = patch_model(vit(), SPARSE), torch.randn(2, *IMAGE)
+    traced = torch.jit.trace(model, x)
+    out = model(other)
+    torch.testing.assert_close(traced(other), out)
+    grads = (torch.autograd.grad(result.square().sum(), model.pos_embed) for result in (traced(other), out))
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(patch_model(model)(other), unpatch_model(model)(other))
+
+
 def test_exports():
     model, x = patch_model(vit(), SPARSE), torch.randn(IMAGE)
     exported = torch.export.export(model, (x,))

@@ -1,4 +1,4 @@
-"""Trains the testbed's model on a GPU, in five minutes on an H200.
+"""Trains the testbed's model on a GPU, in three minutes on an H200.
 
     python examples/testbed/train.py            # writes weights, log and curves to examples/output/testbed
     python examples/testbed/train.py --out      # to examples/testbed, where they are committed

@@ -1,4 +1,4 @@
-// What the operator calls: one function per dtype and native head_dim, each compiled in a file of its own.
+// What the operator calls: one function per dtype and native head_dim, each head_dim compiled in a file of its own.
 #pragma once
 
 #include <cuda_bf16.h>

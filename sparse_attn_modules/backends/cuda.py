@@ -22,8 +22,8 @@ name = "cuda"
 _BLOCK_TOKENS = 128
 _MAX_HEAD_DIM = 128
 # Tiles of a block, the preferred first: the kernels read relative positions of 8×16 keys only.
-_TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1))
-_RELATIVE_POSITION_TILE = _TILES[0]
+TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1))
+_RELATIVE_POSITION_TILE = TILES[0]
 _NATIVE_HEAD_DIMS = (32, 64, 80, 96, 128)
 # Key blocks per query block, on average, from which on the fused backward kernel is faster than the pair: what it does
 # once for a block of queries is then worth it. Measured on an H200; head_dim and the number of tokens hardly matter.
@@ -309,7 +309,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _tile_within(grid: TokenGrid) -> tuple[int, int] | None:
     """The kernel's tile that the grid's tiles consist of."""
     height, width = grid.tile
-    return next((tile for tile in _TILES if height % tile[0] == 0 and width % tile[1] == 0), None)
+    return next((tile for tile in TILES if height % tile[0] == 0 and width % tile[1] == 0), None)
 
 
 def _why_not_grid(grid: TokenGrid) -> str | None:

@@ -136,7 +136,7 @@ def backward(
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attention without anything to skip: PyTorch's own kernels, which are differentiable."""
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])  # a tensor under torch.jit.trace
     out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
     return tokens_before_heads(out)
 

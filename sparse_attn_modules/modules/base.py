@@ -17,13 +17,15 @@ from ..functional import block_sparse_attention
 from ..patterns import Dense, Pattern, resolve_pattern
 from ..patterns.traced import LISTS, register_for_tracing, traced_mask
 from ..token_grid import TokenGrid
+from .block_selector import BlockSelector
 
 _MAX_MASKS = 8  # kept per layer: more than the image sizes of one training run, less than a leak
 _keeping = threading.Lock()  # of all layers: a layer that held one could not be copied
 
 
 class SparseAttention(nn.Module):
-    """Base of the attention modules. Holds no parameters of its own and adds nothing to ``state_dict``.
+    """Base of the attention modules. Holds no parameters of its own and adds nothing to ``state_dict``, but for the
+    ``selector`` of a learned pattern.
 
     Args:
         pattern: which blocks are computed, or a short name of such a pattern; dense if None. May be assigned later.
@@ -38,6 +40,8 @@ class SparseAttention(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.selector: BlockSelector | None = None
+        self._selector_sizes: tuple[int, int] | None = None
         self._set_pattern(Dense() if pattern is None else pattern)
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"{type(self).__name__}: backend must be one of {list(BACKENDS)} or None, got {backend!r}")
@@ -58,6 +62,18 @@ class SparseAttention(nn.Module):
         self._pattern = resolve_pattern(pattern)
         self._pattern_name = register_for_tracing(self._pattern)
         self._masks: dict[str, BlockMask] = {}
+        self._fit_selector()
+
+    def _set_heads(self, num_heads: int, head_dim: int) -> None:
+        """Tells the number and width of the heads, which a selector needs; called when a layer is otherwise made."""
+        self._selector_sizes = (num_heads, head_dim)
+        self._fit_selector()
+
+    def _fit_selector(self) -> None:
+        """Gives the layer a selector if its pattern needs one. It stays when the pattern changes, trained as it is."""
+        if self._pattern.has_selector and self.selector is None and self._selector_sizes is not None:
+            device = next((parameter.device for parameter in self.parameters()), None)
+            self.selector = BlockSelector(*self._selector_sizes, device=device)
 
     def block_mask(
         self, query_grid: TokenGrid, num_heads: int, device: torch.device, key_grid: TokenGrid | None = None
@@ -121,6 +137,7 @@ class SparseAttention(nn.Module):
             scale=scale,
             relative_position=relative_position,
             key_padding_mask=key_padding_mask,
+            selector=self.selector if self._pattern.has_selector else None,
         )
 
     def attend(

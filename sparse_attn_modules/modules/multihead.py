@@ -130,6 +130,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention, SparseAttention):
         # compute dense attention from them, without calling the layer. It lies in the instance because
         # nn.MultiheadAttention adds it, as True, to a pickled state that lacks it.
         self._qkv_same_embed_dim = False
+        self._set_heads(self.num_heads, self.head_dim)
 
     def forward(
         self,

@@ -148,6 +148,7 @@ class SAMAttentionSparse(SparseAttention):
         self.proj = proj
         self.proj_drop = nn.Identity() if proj_drop is None else proj_drop
         self.rope = rope
+        self._set_heads(num_heads, round(scale**-2))
 
     def forward(
         self,

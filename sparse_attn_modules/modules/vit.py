@@ -130,6 +130,7 @@ class ViTSparseAttention(SparseAttention):
         self.gate = nn.Linear(dim, attn_dim, bias=qkv_bias) if gated else None
         self.proj = nn.Linear(attn_dim, dim if dim_out is None else dim_out, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
+        self._set_heads(num_heads, self.head_dim)
 
     @classmethod
     def from_module(
@@ -167,6 +168,7 @@ class ViTSparseAttention(SparseAttention):
             if not hasattr(new, name):
                 setattr(new, name, value)
         new.grid = grid
+        new._set_heads(new.num_heads, new.head_dim)
         return new
 
     def forward(

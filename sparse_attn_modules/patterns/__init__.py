@@ -4,6 +4,7 @@ from .base import CustomPattern, Dense, Pattern, Union
 from .calibrated import CalibratedLayer, CalibratedPattern
 from .combined import Hybrid, ImageToPrompt
 from .dynamic import DynamicPattern, DynamicTopK, DynamicTopP
+from .learned import LearnedTopK
 from .local import DilatedLocal, LocalWindow, MultiScale, Streaming
 from .names import NAMED_PATTERNS, resolve_pattern
 from .spread import Butterfly, GlobalLocal, Random, RegionFocused, Strided
@@ -22,6 +23,7 @@ __all__ = [
     "GlobalLocal",
     "Hybrid",
     "ImageToPrompt",
+    "LearnedTopK",
     "LocalWindow",
     "MultiScale",
     "Pattern",

@@ -74,6 +74,11 @@ class Pattern:
         """Whether the mask on these grids depends on queries and keys, so that only :meth:`select` can make it."""
         return False
 
+    @property
+    def has_selector(self) -> bool:
+        """Whether :meth:`select` needs a trained part, which layers then hold."""
+        return False
+
     def select(
         self,
         query: Tensor,

@@ -48,6 +48,20 @@ def part_sizes(grid: TokenGrid, cut: Cut, device: torch.device) -> Tensor:
     return torch.cat([prefix, image.flatten(0, 1).flatten(1), suffix])
 
 
+def part_centres(grid: TokenGrid, device: torch.device) -> Tensor:
+    """Centre of each part of the tiles, in fractions of the image's height and width: ``[tiles · parts, 2]``."""
+    rows, columns = cut_of(grid)
+    along = []
+    for size, tile, number, tiles in (
+        (grid.height, grid.tile[0], rows, grid.tile_rows),
+        (grid.width, grid.tile[1], columns, grid.tile_columns),
+    ):
+        length = tile // number
+        along.append(((torch.arange(tiles * number, device=device) + 0.5) * length / size).view(tiles, number))
+    y, x = along[0][:, None, :, None], along[1][None, :, None, :]  # [tile rows, tile columns, rows, columns]
+    return torch.stack(torch.broadcast_tensors(y, x), dim=-1).flatten(0, 3)
+
+
 def part_sums(tensor: Tensor, grid: TokenGrid, cut: Cut) -> Tensor:
     """Sums over the tokens of each part: ``[B, H, N, W]`` -> ``[B, H, blocks · parts, W]``, at least float32."""
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -68,29 +82,50 @@ def part_sums(tensor: Tensor, grid: TokenGrid, cut: Cut) -> Tensor:
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
+def is_sampled(grid: TokenGrid, cut: Cut, device: torch.device) -> Tensor:
+    """The tokens by which parts are judged: bool ``[N]``.
+
+    A quarter of the tokens of a whole part, spread evenly, and all of a part that an edge cuts off: means and variances
+    over a quarter serve as well, and reading is most of the cost.
+    """
+    rows, columns = cut
+    height, width = grid.tile[0] // rows, grid.tile[1] // columns
+    y, x = torch.arange(grid.height, device=device)[:, None], torch.arange(grid.width, device=device)
+    place = y % height * width + x % width
+    is_cut_off = (y // height * height + height > grid.height) | (x // width * width + width > grid.width)
+    image = ((x % width + 2 * (y % height)) if width >= 4 else place) % 4 == 0
+    run = grid.block_size // (rows * columns)
+    prefix, suffix = (
+        (token % run % 4 == 0) | (token // run * run + run > token.shape[0])
+        for token in (torch.arange(grid.prefix, device=device), torch.arange(grid.suffix, device=device))
+    )
+    return torch.cat([prefix, (image | is_cut_off).flatten(), suffix])
+
+
 def query_features(query: Tensor, grid: TokenGrid, scale: float) -> Tensor:
     """``[B, H, blocks · parts, D + 2]``: the scaled mean of the queries, half its squared length, and 1."""
     cut = cut_of(grid)
-    sizes = part_sizes(grid, cut, query.device).flatten()[:, None]
-    mean = part_sums(query, grid, cut) / sizes.clamp(min=1) * scale
+    sampled = is_sampled(grid, cut, query.device)[:, None]
+    mean = part_sums(query * sampled, grid, cut) / part_sums(sampled[None, None], grid, cut).clamp(min=1) * scale
     return torch.cat([mean, mean.square().sum(-1, keepdim=True) / 2, torch.ones_like(mean[..., :1])], dim=-1)
 
 
 def key_features(key: Tensor, grid: TokenGrid, key_padding_mask: Tensor | None = None) -> Tensor:
     """``[B, H, blocks · parts, D + 2]``: the mean of the keys, their variance per channel, and the log of their number.
 
-    Padded keys do not count.
+    Padded keys do not count; where there may be some, all others do.
     """
     cut = cut_of(grid)
-    sizes = part_sizes(grid, cut, key.device).flatten()[:, None]
+    if key_padding_mask is None:
+        counted = is_sampled(grid, cut, key.device)[None, None, :, None]
+        sizes = part_sizes(grid, cut, key.device).flatten()[:, None]
+    else:
+        counted = ~key_padding_mask[:, None, :, None]
+        sizes = part_sums(counted, grid, cut)  # [B, 1, blocks · parts, 1]
+    samples = part_sums(counted, grid, cut).clamp(min=1)
     squares = key.to(torch.promote_types(key.dtype, torch.float32)).square().sum(-1, keepdim=True)
-    if key_padding_mask is not None:
-        exists = ~key_padding_mask[:, None, :, None]
-        sizes = part_sums(exists.to(torch.float32), grid, cut)  # [B, 1, blocks · parts, 1]
-        key, squares = key * exists, squares * exists
-    some = sizes.clamp(min=1)
-    mean = part_sums(key, grid, cut) / some
-    length = part_sums(squares, grid, cut) / some
+    mean = part_sums(key * counted, grid, cut) / samples
+    length = part_sums(squares * counted, grid, cut) / samples
     variance = (length - mean.square().sum(-1, keepdim=True)).clamp(min=0) / key.shape[-1]
     number = torch.where(sizes > 0, sizes.clamp(min=1).log(), NO_KEYS).to(mean.dtype).expand_as(variance)
     return torch.cat([mean, variance, number], dim=-1)

@@ -13,6 +13,7 @@ from ..token_grid import TokenGrid
 from .block_features import cut_of
 from .choosing import Rule
 
+EXTRA_FEATURES = 8  # columns behind the head_dim: two, and zeros that fill up the step of a matrix product
 _MAX_HEAD_DIM = 128
 _MAX_FEATURES = 256
 _MAX_BLOCKS = 1024  # of keys: their scores lie in shared memory
@@ -25,7 +26,7 @@ _library.define(
 _library.define(
     "choose_blocks_sm90(Tensor queries, Tensor keys, Tensor(a!) blocks, Tensor(b!) key_counts, Tensor(c!) key_indices, "
     "Tensor(d!) row_order, Tensor(e!)? query_counts, Tensor(f!)? query_indices, int[] query_grid, int[] key_grid, "
-    "int[] query_cut, int[] key_cut, int count, float mass) -> ()"
+    "int[] query_cut, int count, float mass) -> ()"
 )
 
 
@@ -45,11 +46,8 @@ def can_choose(queries: Tensor, query_grid: TokenGrid, key_grid: TokenGrid) -> b
     """Whether the kernels run on the device of these tensors and on such grids."""
     if queries.device.type != "cuda" or key_grid.num_blocks > _MAX_BLOCKS or 0 in queries.shape:
         return False
-    for grid in (query_grid, key_grid):
-        rows, columns = cut_of(grid)
-        width = grid.tile[1] // columns
-        if rows * columns not in (1, 2, 4, 8) or width & (width - 1):
-            return False
+    if queries.shape[-1] > _MAX_FEATURES or any(grid.tile not in cuda.TILES for grid in (query_grid, key_grid)):
+        return False
     return cuda.runs_on(queries.device)
 
 
@@ -57,10 +55,10 @@ def features(
     query: Tensor, key: Tensor, query_grid: TokenGrid, key_grid: TokenGrid, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As ``query_features`` and ``key_features``, with columns of zeros behind them."""
-    width = -(-(query.shape[-1] + 2) // 8) * 8
+    width = query.shape[-1] + EXTRA_FEATURES
     cuts = cut_of(query_grid), cut_of(key_grid)
     queries, keys = (
-        torch.empty(*x.shape[:2], grid.num_blocks * rows * columns, width, dtype=torch.float32, device=x.device)
+        x.new_empty(*x.shape[:2], grid.num_blocks * rows * columns, width, dtype=torch.float32)
         for x, grid, (rows, columns) in zip((query, key), (query_grid, key_grid), cuts)
     )
     torch.ops.sparse_attn_modules.pool_blocks_sm90.default(
@@ -93,7 +91,6 @@ def choose(
         query_grid.pack(),
         key_grid.pack(),
         cut_of(query_grid),
-        cut_of(key_grid),
         rule.count,
         rule.mass,
     )

@@ -19,7 +19,7 @@ from ..token_grid import TokenGrid
 from .base import Pattern, check_density
 from .choosing import Rule
 from .scoring import tiles_for_density
-from .selection import select_mask
+from .selection import choose_mask, features
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,14 @@ class DynamicPattern(Pattern):
         """
         key_grid = query_grid if key_grid is None else key_grid
         self._check(query, key, query_grid, key_grid)
-        return select_mask(
-            query,
-            key,
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        queries, keys = features(query, key, query_grid, key_grid, scale, relative_position, key_padding_mask)
+        return choose_mask(
+            queries,
+            keys,
             query_grid,
             key_grid,
             self.rule(query_grid, key_grid),
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            relative_position=relative_position,
-            key_padding_mask=key_padding_mask,
             with_query_lists=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import without_autocast
@@ -16,65 +17,21 @@ from ..block_mask import BlockMask
 from ..token_grid import TokenGrid
 from ..tracing import is_watched
 from . import cuda_selection
-from .block_features import key_features, query_features, with_relative_position
+from .block_features import cut_of, key_features, query_features, with_relative_position
 from .choosing import Rule, block_mass, choose
 
 _LISTS = ("key_counts", "key_indices", "row_order", "query_counts", "query_indices")
-_RETURNS = (
-    "(Tensor blocks, Tensor key_counts, Tensor key_indices, Tensor row_order, Tensor query_counts, "
-    "Tensor query_indices)"
-)
 
 _library = torch.library.Library("sparse_attn_modules", "FRAGMENT")
 _library.define(
-    "select_blocks(Tensor query, Tensor key, Tensor? rel_h, Tensor? rel_w, Tensor? key_padding_mask, "
-    "int[] query_grid, int[] key_grid, float scale, int count, float mass, bool with_query_lists) -> " + _RETURNS
+    "pool_blocks(Tensor query, Tensor key, Tensor? key_padding_mask, int[] query_grid, int[] key_grid, float scale) -> "
+    "(Tensor queries, Tensor keys)"
 )
 _library.define(
     "choose_blocks(Tensor queries, Tensor keys, int[] query_grid, int[] key_grid, int count, float mass, "
-    "bool with_query_lists) -> " + _RETURNS
+    "bool with_query_lists) -> (Tensor blocks, Tensor key_counts, Tensor key_indices, Tensor row_order, "
+    "Tensor query_counts, Tensor query_indices)"
 )
-
-
-def select_mask(
-    query: Tensor,
-    key: Tensor,
-    query_grid: TokenGrid,
-    key_grid: TokenGrid,
-    rule: Rule,
-    *,
-    scale: float,
-    relative_position: tuple[Tensor, Tensor] | None,
-    key_padding_mask: Tensor | None,
-    with_query_lists: bool,
-) -> BlockMask:
-    """The mask of a rule for these queries and keys. Nothing is differentiated."""
-    rel_h, rel_w = (None, None) if relative_position is None else relative_position
-    tensors: Any = [None if x is None else x.detach() for x in (query, key, rel_h, rel_w, key_padding_mask)]
-    numbers: Any = (float(scale), rule.count, float(rule.mass), with_query_lists)
-    if is_watched() or type(query) is not Tensor:
-        tensors_out = torch.ops.sparse_attn_modules.select_blocks.default(
-            *tensors, query_grid.pack(), key_grid.pack(), *numbers
-        )
-    else:
-        run: Any = _select
-        tensors_out = run(*tensors, query_grid, key_grid, *numbers)
-    return _mask_of(tensors_out, query_grid, key_grid, rule, with_query_lists)
-
-
-def choose_mask(
-    queries: Tensor, keys: Tensor, query_grid: TokenGrid, key_grid: TokenGrid, rule: Rule, *, with_query_lists: bool
-) -> BlockMask:
-    """The mask of a rule for these features of queries and keys. Nothing is differentiated."""
-    features = queries.detach(), keys.detach()
-    numbers: Any = (rule.count, float(rule.mass), with_query_lists)
-    if is_watched() or type(queries) is not Tensor:
-        tensors_out = torch.ops.sparse_attn_modules.choose_blocks.default(
-            *features, query_grid.pack(), key_grid.pack(), *numbers
-        )
-    else:
-        tensors_out = _choose(*features, query_grid, key_grid, *numbers)
-    return _mask_of(tensors_out, query_grid, key_grid, rule, with_query_lists)
 
 
 def features(
@@ -86,44 +43,60 @@ def features(
     relative_position: tuple[Tensor, Tensor] | None = None,
     key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features of queries and keys whose products estimate the logits; see ``block_features``."""
-    if key_padding_mask is None and cuda_selection.can_pool(query, key, query_grid, key_grid):
-        queries, keys = cuda_selection.features(query, key, query_grid, key_grid, scale)
+    """Features of queries and keys whose products estimate the logits, see ``block_features``; not differentiated.
+
+    Returns:
+        ``[B, Hq, query blocks · parts, F]`` and ``[B, Hkv, key blocks · parts, F]``; the first ``D + 2`` columns are
+        those of ``query_features`` and ``key_features``.
+    """
+    query, key = query.detach(), key.detach()
+    if is_watched() or type(query) is not Tensor:
+        queries, keys = torch.ops.sparse_attn_modules.pool_blocks.default(
+            query, key, key_padding_mask, query_grid.pack(), key_grid.pack(), float(scale)
+        )
     else:
-        queries = query_features(query, query_grid, scale)
-        keys = key_features(key, key_grid, key_padding_mask)
+        queries, keys = _pool(query, key, key_padding_mask, query_grid, key_grid, float(scale))
     if relative_position is None:
         return queries, keys
-    return with_relative_position(queries, keys, relative_position, query_grid, key_grid)
+    rel_h, rel_w = (part.detach() for part in relative_position)
+    return with_relative_position(queries, keys, (rel_h, rel_w), query_grid, key_grid)
 
 
-def _mask_of(
-    tensors: tuple[Tensor, ...], query_grid: TokenGrid, key_grid: TokenGrid, rule: Rule, with_query_lists: bool
+def choose_mask(
+    queries: Tensor, keys: Tensor, query_grid: TokenGrid, key_grid: TokenGrid, rule: Rule, *, with_query_lists: bool
 ) -> BlockMask:
-    blocks, *lists = tensors
+    """The mask of a rule for these features of queries and keys; not differentiated.
+
+    Args:
+        with_query_lists: also make the lists that a backward pass needs.
+    """
+    queries, keys = queries.detach(), keys.detach()
+    numbers: Any = (rule.count, float(rule.mass), with_query_lists)
+    if is_watched() or type(queries) is not Tensor:
+        blocks, *lists = torch.ops.sparse_attn_modules.choose_blocks.default(
+            queries, keys, query_grid.pack(), key_grid.pack(), *numbers
+        )
+    else:
+        blocks, *lists = _choose(queries, keys, query_grid, key_grid, *numbers)
     known = dict(zip(_LISTS, lists if with_query_lists else lists[:3]))
     density = rule.density(query_grid, key_grid)
     return BlockMask.from_lists(blocks, known, query_grid, key_grid, is_dense=False, density=density)
 
 
-def _select(
+def _pool(
     query: Tensor,
     key: Tensor,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
     key_padding_mask: Tensor | None,
     query_grid: TokenGrid,
     key_grid: TokenGrid,
     scale: float,
-    count: int,
-    mass: float,
-    with_query_lists: bool,
-) -> tuple[Tensor, ...]:
-    # Outside inference mode, or a mask could not be saved for a backward pass.
-    with torch.inference_mode(False), torch.no_grad(), without_autocast(query.device.type):
-        relative_position = None if rel_h is None or rel_w is None else (rel_h, rel_w)
-        queries, keys = features(query, key, query_grid, key_grid, scale, relative_position, key_padding_mask)
-        return _choose(queries, keys, query_grid, key_grid, count, mass, with_query_lists)
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), without_autocast(query.device.type):
+        if key_padding_mask is None and cuda_selection.can_pool(query, key, query_grid, key_grid):
+            return cuda_selection.features(query, key, query_grid, key_grid, scale)
+        found = query_features(query, query_grid, scale), key_features(key, key_grid, key_padding_mask)
+        queries, keys = (F.pad(x, (0, _width(query) - x.shape[-1])) for x in found)
+        return queries, keys
 
 
 def _choose(
@@ -135,6 +108,7 @@ def _choose(
     mass: float,
     with_query_lists: bool,
 ) -> tuple[Tensor, ...]:
+    # Outside inference mode, or a mask could not be saved for a backward pass.
     with torch.inference_mode(False), torch.no_grad(), without_autocast(queries.device.type):
         rule = Rule(count, mass)
         if cuda_selection.can_choose(queries, query_grid, key_grid):
@@ -145,34 +119,43 @@ def _choose(
         return (blocks, *lists, *(blocks.new_empty(0, dtype=torch.int32) for _ in range(5 - len(lists))))
 
 
-@torch.library.impl(_library, "select_blocks", "CompositeExplicitAutograd")
-def _select_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    query, key, rel_h, rel_w, key_padding_mask, query_grid, key_grid, *numbers = arguments
-    grids = TokenGrid.unpack(query_grid), TokenGrid.unpack(key_grid)
-    return _select(query, key, rel_h, rel_w, key_padding_mask, *grids, *numbers)
+def _width(query: Tensor) -> int:
+    return query.shape[-1] + cuda_selection.EXTRA_FEATURES
+
+
+@torch.library.impl(_library, "pool_blocks", "CompositeExplicitAutograd")
+def _pool_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query, key, key_padding_mask, query_grid, key_grid, scale = arguments
+    return _pool(query, key, key_padding_mask, TokenGrid.unpack(query_grid), TokenGrid.unpack(key_grid), scale)
 
 
 @torch.library.impl(_library, "choose_blocks", "CompositeExplicitAutograd")
 def _choose_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    queries, keys, query_grid, key_grid, count, mass, with_query_lists = arguments
-    grids = TokenGrid.unpack(query_grid), TokenGrid.unpack(key_grid)
-    return _choose(queries, keys, *grids, count, mass, with_query_lists)
+    queries, keys, query_grid, key_grid, *numbers = arguments
+    return _choose(queries, keys, TokenGrid.unpack(query_grid), TokenGrid.unpack(key_grid), *numbers)
 
 
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    queries, with_query_lists = arguments[0], arguments[-1]
-    query_grid, key_grid = (arguments[i] for i, x in enumerate(arguments) if isinstance(x, (list, tuple)))
-    places = queries.shape[0], queries.shape[1]
-    rows, columns = TokenGrid.unpack(list(query_grid)).num_blocks, TokenGrid.unpack(list(key_grid)).num_blocks
+@torch.library.register_fake("sparse_attn_modules::pool_blocks", lib=_library)
+def _pool_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query, key, _, query_grid, key_grid, _ = arguments
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+
+    def new(tensor: Tensor, grid: TokenGrid) -> Tensor:
+        rows, columns = cut_of(grid)
+        return tensor.new_empty(*tensor.shape[:2], grid.num_blocks * rows * columns, _width(query), dtype=dtype)
+
+    return new(query, TokenGrid.unpack(query_grid)), new(key, TokenGrid.unpack(key_grid))
+
+
+@torch.library.register_fake("sparse_attn_modules::choose_blocks", lib=_library)
+def _choose_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    queries, _, query_grid, key_grid, _, _, with_query_lists = arguments
+    rows, columns = TokenGrid.unpack(query_grid).num_blocks, TokenGrid.unpack(key_grid).num_blocks
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return queries.new_empty((*places, *shape), dtype=dtype)
+        return queries.new_empty((*queries.shape[:2], *shape), dtype=dtype)
 
-    lists = new(rows), new(rows, columns), new(rows)
+    lists = (new(rows), new(rows, columns), new(rows))
     if with_query_lists:
         return new(rows, columns, dtype=torch.bool), *lists, new(columns), new(columns, rows)
     return new(rows, columns, dtype=torch.bool), *lists, *(queries.new_empty(0, dtype=torch.int32) for _ in range(2))
-
-
-torch.library.register_fake("sparse_attn_modules::select_blocks", _fake, lib=_library)
-torch.library.register_fake("sparse_attn_modules::choose_blocks", _fake, lib=_library)

@@ -1,9 +1,0 @@
-#include "launch_backward.cuh"
-
-namespace sparse_attn {
-
-template cudaError_t launch_backward_query<__half, 64>(const BackwardParams&, bool, int, cudaStream_t);
-template cudaError_t launch_backward_key<__half, 64>(const BackwardParams&, bool, int, cudaStream_t);
-template cudaError_t launch_backward_fused<__half, 64>(const BackwardParams&, int, cudaStream_t);
-
-}  // namespace sparse_attn

@@ -1,3 +1,0 @@
-#include "launch_forward.cuh"
-
-template cudaError_t sparse_attn::launch_forward<__half, 96>(const ForwardParams&, bool, int, cudaStream_t);
