@@ -57,6 +57,7 @@ __device__ __forceinline__ void wgmma_wait(float (&accumulator)[kCount]) {
 #define FLOATS_48(d, i) FLOATS_32(d, i), FLOATS_16(d, i + 32)
 #define FLOATS_64(d, i) FLOATS_32(d, i), FLOATS_32(d, i + 32)
 
+#define ACCUMULATORS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define ACCUMULATORS_16 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define ACCUMULATORS_32 \

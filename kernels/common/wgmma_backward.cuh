@@ -52,28 +52,24 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[kColumns / 2], uint64_t 
     }
 }
 
-// Accumulator (+)= A B, both from shared memory, B with its depth down the rows: dS K. With kTransposeA that of A runs down
-// the rows too: dS^T Q.
-template <typename T, int kHeadDim, bool kAccumulate, bool kTransposeA = false>
-__device__ __forceinline__ void wgmma_shared_output(float (&d)[kHeadDim / 2], uint64_t a, uint64_t b) {
-#define WGMMA_SHARED_OUTPUT(columns, count, ...) \
-    if constexpr (kTransposeA) { \
-        WGMMA_SHARED_OF_TYPE(columns, count, 1, 1, __VA_ARGS__); \
-    } else { \
-        WGMMA_SHARED_OF_TYPE(columns, count, 0, 1, __VA_ARGS__); \
-    }
-    if constexpr (kHeadDim == 32) {
+// Accumulator (+)= A B, both from shared memory, B with its depth down the rows: dS K.
+template <typename T, int kColumns, bool kAccumulate>
+__device__ __forceinline__ void wgmma_shared_output(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {
+#define WGMMA_SHARED_OUTPUT(columns, count, ...) WGMMA_SHARED_OF_TYPE(columns, count, 0, 1, __VA_ARGS__)
+    if constexpr (kColumns == 16) {
+        WGMMA_SHARED_OUTPUT(16, 8, "%8", "%9");
+    } else if constexpr (kColumns == 32) {
         WGMMA_SHARED_OUTPUT(32, 16, "%16", "%17");
-    } else if constexpr (kHeadDim == 64) {
+    } else if constexpr (kColumns == 64) {
         WGMMA_SHARED_OUTPUT(64, 32, "%32", "%33");
-    } else if constexpr (kHeadDim == 80) {
+    } else if constexpr (kColumns == 80) {
         WGMMA_SHARED_OUTPUT(80, 40, "%40", "%41");
-    } else if constexpr (kHeadDim == 96) {
+    } else if constexpr (kColumns == 96) {
         WGMMA_SHARED_OUTPUT(96, 48, "%48", "%49");
-    } else if constexpr (kHeadDim == 128) {
+    } else if constexpr (kColumns == 128) {
         WGMMA_SHARED_OUTPUT(128, 64, "%64", "%65");
     } else {
-        static_assert(kHeadDim == 32, "write the instruction for this number of columns above");
+        static_assert(kColumns == 32, "write the instruction for this number of columns above");
     }
 #undef WGMMA_SHARED_OUTPUT
 }

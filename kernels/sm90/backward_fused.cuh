@@ -6,11 +6,11 @@
 // from run to run.
 //
 //   first half of a step     dV of this step and dQ of the last one on the tensor cores | dS, from dP
-//   second half              S and dP of the next step and dK of this one               | exponentials, from S
+//   second half              dK of this step, S and dP of the next                      | exponentials, from S
 //
-// Products run under arithmetic of the same warpgroup in both halves, and the warpgroups take turns at the exponentials,
-// which keeps them out of step. dQ needs the dS of both, hence comes a step later, when both are surely there. Steps follow
-// each other across the borders between blocks of keys, so that little is lost where few queries attend to a block.
+// Products run under arithmetic of the same warpgroup in both halves. dQ needs the dS of both warpgroups, hence comes a step
+// later, when both are surely there, which leaves them free to be out of step. Steps follow each other across the borders
+// between blocks of keys, so that little is lost where few queries attend to a block.
 #pragma once
 
 #include "../common/query_list.cuh"
@@ -166,8 +166,10 @@ struct FusedBackward {
         return max(attending, 1);
     }
 
+    template <int kWarpgroup>
     static __device__ __forceinline__ void consume(const BackwardParams& params, Storage& storage) {
-        const int warpgroup = warp_uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
+        constexpr int warpgroup = kWarpgroup, kGradQueryColumns = Step::grad_query_columns(kWarpgroup);
+        const int lane = threadIdx.x % 32;
         const bool leader = threadIdx.x % 128 == 0;
         const int own_values = tile_along_rows(storage.value + warpgroup * kHalfBytes);
         const auto own_keys = [&](int slot) { return tile_along_rows(storage.key[slot] + warpgroup * kHalfBytes); };
@@ -175,7 +177,6 @@ struct FusedBackward {
         Ring<kStages> steps, keys;  // of gradients of outputs, and of dS; of blocks of keys
         uint32_t value_parity = 0;
         int index = blockIdx.x;
-        if (warpgroup == 1) give_turn(0);
 
         uint32_t exists[2];
         existing_keys(exists, params, index);
@@ -196,9 +197,7 @@ struct FusedBackward {
             float2 offsets[Step::kEarlyOffsets];
             Step::read_offsets(offsets, storage.statistics[0]);
             wgmma_wait<1>(scores);
-            await_turn(warpgroup);
             Step::exponentiate(weights, scores, offsets, storage.statistics[0], params.scale_log2, exists);
-            give_turn(warpgroup ^ 1);
             wgmma_wait<0>(grads);
             __syncwarp();
             if (lane == 0 && left == 1) barrier_arrive(&storage.value_free);
@@ -208,13 +207,13 @@ struct FusedBackward {
         while (true) {
             const Ring<kStages> before = steps.before();
             // The first step of all computes a dQ that nobody adds.
-            float grad_query[Step::kGradQueryColumns / 2];
+            float grad_query[kGradQueryColumns / 2];
             if (!is_first) barrier_wait(&storage.grads_full[before.place], before.parity);
             pin_registers(grad_value);
             pin_operands(weights);
             wgmma_fence();
-            Step::issue_grad_value(grad_value, weights, tile_down_rows(storage.grad_out[steps.place], kQueryChunkBytes));
-            Step::issue_grad_query(grad_query, storage, before.place, key_slot_before, warpgroup);
+            Step::issue_gradient(grad_value, weights, tile_down_rows(storage.grad_out[steps.place], kQueryChunkBytes));
+            Step::template issue_grad_query<kWarpgroup>(grad_query, storage, before.place, key_slot_before);
             uint32_t packed_grads[kQueries / 16][4];
 #pragma unroll
             for (int i = 0; i < kQueries / 8; i++) {
@@ -225,6 +224,13 @@ struct FusedBackward {
                         weights[i / 2][i % 2 * 2 + j], grads[4 * i + 2 * j] - delta.x, grads[4 * i + 2 * j + 1] - delta.y);
                 }
             }
+            // Wide heads keep the tensor cores busy with it while dQ is added; others are faster with it later.
+            if constexpr (kIsWide) {
+                pin_registers(grad_key);
+                pin_operands(packed_grads);
+                wgmma_fence();
+                Step::issue_gradient(grad_key, packed_grads, tile_down_rows(storage.query[queries.place], kQueryChunkBytes));
+            }
             // This place was read by the dQ of the step before the last, and by the copies of finished gradients.
             if (!is_first) barrier_wait(&storage.grad_out_free[before.place], before.parity);
             if (follows_border) {
@@ -233,7 +239,7 @@ struct FusedBackward {
             }
             Step::stage_grads(storage.grads[steps.place][warpgroup], packed_grads);
             fence_async_proxy();
-            wgmma_wait<0>(grad_value);
+            wgmma_wait<kIsWide ? 1 : 0>(grad_value);
             pin_registers(grad_query);
             __syncwarp();
             if (lane == 0) {
@@ -242,11 +248,11 @@ struct FusedBackward {
                 if (follows_border) barrier_arrive(&storage.key_free[key_slot_before]);
             }
             const int half_block = from_lane_0(storage.half_block[queries.place]);
-            if (!is_first) Step::add_grad_query(params, half_block_before, warpgroup, grad_query);
+            if (!is_first) Step::template add_grad_query<kWarpgroup>(params, half_block_before, grad_query);
             half_block_before = half_block;
             key_slot_before = keys.place;
             is_first = false;
-            warpgroup_sync(warpgroup);
+            if constexpr (!kIsWide) warpgroup_sync(warpgroup);
 
             // The next step, which may be another block's. The last of all computes scores again that nobody reads.
             follows_border = left == 1;
@@ -274,23 +280,27 @@ struct FusedBackward {
             barrier_wait(&storage.query_full[next_queries.place], next_queries.parity);
             barrier_wait(&storage.grad_out_full[next_step.place], next_step.parity);
             float scores[kQueries / 2];
-            pin_registers(grad_key);
+            if constexpr (!kIsWide) {
+                pin_registers(grad_key);
+                pin_operands(packed_grads);
+            }
             wgmma_fence();
+            if constexpr (!kIsWide) {
+                Step::issue_gradient(grad_key, packed_grads, tile_down_rows(storage.query[queries.place], kQueryChunkBytes));
+            }
             Step::issue_scores(scores, own_keys(next_keys.place), tile_along_rows(storage.query[next_queries.place]));
+            wgmma_wait<1>(grad_key);
+            wgmma_fence();
             Step::issue_scores(grads, own_values, tile_along_rows(storage.grad_out[next_step.place]));
-            Step::issue_grad_key(grad_key, tile_down_rows(storage.grads[steps.place][warpgroup], kQueryChunkBytes),
-                           tile_down_rows(storage.query[queries.place], kQueryChunkBytes));
             float2 offsets[Step::kEarlyOffsets];
             Step::read_offsets(offsets, storage.statistics[next_queries.place]);
-            wgmma_wait<2>(scores);
-            await_turn(warpgroup);
+            wgmma_wait<1>(scores);
+            pin_registers(grad_key);
             Step::exponentiate(weights, scores, offsets, storage.statistics[next_queries.place], params.scale_log2, exists);
             // Long done; but the compiler, which would wait for dK before the exponentials, does not look past it.
             pin_operands(weights);
             barrier_wait(&storage.query_full[next_queries.place], next_queries.parity);
-            give_turn(warpgroup ^ 1);
             wgmma_wait<0>(grads);
-            pin_registers(grad_key);
             __syncwarp();
             if (lane == 0) {
                 barrier_arrive(&storage.query_free[queries.place]);
@@ -309,11 +319,11 @@ struct FusedBackward {
             steps = next_step;
         }
         barrier_wait(&storage.grads_full[steps.place], steps.parity);
-        float grad_query[Step::kGradQueryColumns / 2];
+        float grad_query[kGradQueryColumns / 2];
         wgmma_fence();
-        Step::issue_grad_query(grad_query, storage, steps.place, keys.place, warpgroup);
+        Step::template issue_grad_query<kWarpgroup>(grad_query, storage, steps.place, keys.place);
         wgmma_wait<0>(grad_query);
-        Step::add_grad_query(params, half_block_before, warpgroup, grad_query);
+        Step::template add_grad_query<kWarpgroup>(params, half_block_before, grad_query);
         if (leader) tma_store_wait_read();
     }
 
@@ -391,7 +401,11 @@ struct FusedBackward {
             if (threadIdx.x < 32 * (kConsumerWarps + 1)) produce(params, storage);
         } else {
             asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-            consume(params, storage);
+            if (warp_uniform(threadIdx.x / 128) == 0) {
+                consume<0>(params, storage);
+            } else {
+                consume<1>(params, storage);
+            }
         }
     }
 };

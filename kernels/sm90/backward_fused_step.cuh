@@ -68,53 +68,46 @@ struct FusedStep {
         wgmma_commit();
     }
 
-    // dV += P^T dO
-    static __device__ __forceinline__ void issue_grad_value(float (&gradient)[kHeadDim / 2],
-                                                            const uint32_t (&weights)[kQueries / 16][4], int grad_outs) {
+    // dV += P^T dO, or dK += dS^T Q
+    static __device__ __forceinline__ void issue_gradient(float (&gradient)[kHeadDim / 2],
+                                                          const uint32_t (&a)[kQueries / 16][4], int queries) {
 #pragma unroll
         for (int step = 0; step < kQueries / 16; step++) {
-            wgmma_output<T, kHeadDim>(gradient, weights[step], tile_descriptor(grad_outs + step * kDepthStepDownRows));
-        }
-        wgmma_commit();
-    }
-
-    // dK += dS^T Q, from the dS that the warpgroup has written: from registers, they would be held too long.
-    static __device__ __forceinline__ void issue_grad_key(float (&gradient)[kHeadDim / 2], int grads, int queries) {
-#pragma unroll
-        for (int step = 0; step < kQueries / 16; step++) {
-            wgmma_shared_output<T, kHeadDim, true, true>(gradient, tile_descriptor(grads + step * kDepthStepDownRows),
-                                                         tile_descriptor(queries + step * kDepthStepDownRows));
+            wgmma_output<T, kHeadDim>(gradient, a[step], tile_descriptor(queries + step * kDepthStepDownRows));
         }
         wgmma_commit();
     }
 
     // dQ = dS K of a step. The warpgroups share it by queries, or, if there are 64, by chunks of columns.
-    static constexpr int kGradQueryColumns = kIsWide ? 64 : kHeadDim;
-    static __device__ __forceinline__ void issue_grad_query(float (&gradient)[kGradQueryColumns / 2], Storage& storage,
-                                                            int slot, int key_slot, int warpgroup) {
-        const int grads = tile_along_rows(storage.grads[slot][0] + (kIsWide ? 0 : warpgroup * kHalfBytes));
-        const int keys = tile_down_rows(storage.key[key_slot] + (kIsWide ? warpgroup * kKeyChunkBytes : 0), kKeyChunkBytes);
+    static constexpr __host__ __device__ int grad_query_columns(int warpgroup) {
+        return !kIsWide ? kHeadDim : warpgroup == 0 ? 64 : kHeadDim - 64;
+    }
+    template <int kWarpgroup>
+    static __device__ __forceinline__ void issue_grad_query(float (&gradient)[grad_query_columns(kWarpgroup) / 2],
+                                                            Storage& storage, int slot, int key_slot) {
+        constexpr int kColumns = grad_query_columns(kWarpgroup);
+        const int grads = tile_along_rows(storage.grads[slot][0] + (kIsWide ? 0 : kWarpgroup * kHalfBytes));
+        const int keys = tile_down_rows(storage.key[key_slot] + (kIsWide ? kWarpgroup * kKeyChunkBytes : 0), kKeyChunkBytes);
 #pragma unroll
         for (int step = 0; step < kBlockTokens / 16; step++) {
             const int along = step / 4 * (kQueryChunkBytes >> 4) + step % 4 * kDepthStepAlongRows;
             const uint64_t a = tile_descriptor(grads + along), b = tile_descriptor(keys + step * kDepthStepDownRows);
             if (step == 0) {
-                wgmma_shared_output<T, kGradQueryColumns, false>(gradient, a, b);
+                wgmma_shared_output<T, kColumns, false>(gradient, a, b);
             } else {
-                wgmma_shared_output<T, kGradQueryColumns, true>(gradient, a, b);
+                wgmma_shared_output<T, kColumns, true>(gradient, a, b);
             }
         }
         wgmma_commit();
     }
 
-    static __device__ __forceinline__ void add_grad_query(const BackwardParams& params, int half_block, int warpgroup,
-                                                          const float (&gradient)[kGradQueryColumns / 2]) {
-        if constexpr (kIsWide) {
-            const int groups = warpgroup == 0 ? 8 : kHeadDim / 8 - 8;
-            add_to_query_sums<kHeadDim>(params.grad_query_sums, half_block, 8 * warpgroup, groups, gradient);
-        } else {
-            add_to_query_sums<kHeadDim>(params.grad_query_sums, half_block + warpgroup, 0, kHeadDim / 8, gradient);
-        }
+    // `half_block` is the step's first, over all batch entries and heads.
+    template <int kWarpgroup>
+    static __device__ __forceinline__ void add_grad_query(const BackwardParams& params, int half_block,
+                                                          const float (&gradient)[grad_query_columns(kWarpgroup) / 2]) {
+        const int first_group = kIsWide ? 8 * kWarpgroup : 0;
+        if (!kIsWide) half_block += kWarpgroup;
+        add_to_query_sums<kHeadDim>(params.grad_query_sums, half_block, first_group, gradient);
     }
 
     // Some of the offsets L are read before it is the warpgroup's turn: as many as there are registers for.

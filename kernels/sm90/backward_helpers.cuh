@@ -34,7 +34,7 @@ struct PrepareBackward {
 
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
         const GridParams& grid = params.query_grid;
-        const int half = blockIdx.x % 2, head = blockIdx.y, batch = blockIdx.z;
+        const int half = blockIdx.x % 2, head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
         const BlockCode block = warp_uniform(code_of_block(grid, blockIdx.x / 2));
         const int64_t any_head = int64_t(batch) * params.query_heads + head;
         const int64_t any_half_block = any_head * gridDim.x + blockIdx.x;
@@ -115,7 +115,7 @@ struct FinishQueryGradient {
 
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
         const GridParams& grid = params.query_grid;
-        const int head = blockIdx.y, batch = blockIdx.z;
+        const int head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
         const BlockCode block = warp_uniform(code_of_block(grid, blockIdx.x / 2));
         const int any_half_block = (batch * params.query_heads + head) * gridDim.x + blockIdx.x;
         const float4* const sums = query_sums_of_thread<kHeadDim>(params.grad_query_sums, any_half_block);

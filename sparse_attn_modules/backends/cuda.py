@@ -25,8 +25,9 @@ _MAX_HEAD_DIM = 128
 TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1))
 _RELATIVE_POSITION_TILE = TILES[0]
 _NATIVE_HEAD_DIMS = (32, 64, 80, 96, 128)
-# Density from which on the fused backward kernel is faster than the pair, as measured on an H200.
-_FUSED_DENSITY = {32: 0.3, 64: 0.3, 80: 0.3, 96: 0.3, 128: 0.3}
+# Key blocks per query block, on average, from which on the fused backward kernel is faster than the pair: what it does
+# once for a block of queries is then worth it. Measured on an H200; head_dim and the number of tokens hardly matter.
+_FUSED_KEY_BLOCKS = 4.5
 _MAX_KNOWN_DENSITIES = 256
 _MAX_TILES = (8192, 65536)  # rows and columns that a block's packed coordinates hold
 _ALIGNMENT = 8  # elements of 2 bytes: the tensor copy engine addresses multiples of 16 bytes
@@ -182,19 +183,18 @@ def _launch_backward(
 def _fuses(inputs: AttentionInputs) -> bool:
     """Whether one fused kernel computes all gradients, in an order of additions that differs from run to run.
 
-    The deterministic pair of kernels has less to do per block of keys, and is faster where few queries attend to it.
+    The deterministic pair of kernels has less to do per block of queries, and is faster where those see few keys.
     """
     if inputs.rel_h is not None or inputs.dropout_p > 0 or torch.are_deterministic_algorithms_enabled():
         return False
     if 0 in inputs.query.shape[:3] or inputs.key.shape[2] == 0:
         return False
     if inputs.is_dense:
-        return True
-    density = inputs.density
+        return _grids(inputs)[1].num_blocks >= _FUSED_KEY_BLOCKS
+    density, num_key_blocks = inputs.density, inputs.key_grid.num_blocks
     if density is None:
-        density = _known_density(inputs.key_counts, inputs.key_grid.num_blocks)
-    head_dim = next(head_dim for head_dim in _NATIVE_HEAD_DIMS if inputs.query.shape[3] <= head_dim)
-    return density is not None and density >= _FUSED_DENSITY[head_dim]
+        density = _known_density(inputs.key_counts, num_key_blocks)
+    return density is not None and density * num_key_blocks >= _FUSED_KEY_BLOCKS
 
 
 class _Density:

@@ -119,7 +119,7 @@ def test_a_thousand_runs_agree(head_dim: int) -> None:
     assert furthest <= first[0].abs().max().float() * 2**-7
 
 
-def test_chosen_by_density_and_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_by_key_blocks_and_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[bool] = []
     fuses = cuda._fuses
     monkeypatch.setattr(cuda, "_fuses", lambda inputs: chosen.append(fuses(inputs)) or chosen[-1])
@@ -135,21 +135,35 @@ def test_chosen_by_density_and_determinism(monkeypatch: pytest.MonkeyPatch) -> N
         torch.cuda.synchronize()
         return chosen[-1]
 
-    dense = BlockMask.dense(grid, device="cuda")
-    sparse, half = (
-        BlockMask(torch.rand(1, 1, grid.num_blocks, grid.num_blocks, device="cuda") < density, grid)
-        for density in (0.05, 0.6)
-    )
+    def with_key_blocks(count: int) -> BlockMask:
+        places = torch.rand(1, 1, grid.num_blocks, grid.num_blocks, device="cuda").argsort(-1)
+        return BlockMask(places < count, grid)
+
+    dense, few, enough = BlockMask.dense(grid, device="cuda"), with_key_blocks(3), with_key_blocks(5)
     assert step(dense)
-    for mask in (half, sparse):
-        step(mask)  # finds out the density
-    assert step(half)
-    assert not step(sparse)
+    for mask in (few, enough):
+        step(mask)  # finds out how many there are
+    assert step(enough)
+    assert not step(few)
     torch.use_deterministic_algorithms(True)
     try:
         assert not step(dense)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_chosen_by_the_blocks_that_dense_attention_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that hang over an edge are no reason for the fused kernel: the tokens are taken as a sequence."""
+    chosen: list[bool] = []
+    fuses = cuda._fuses
+    monkeypatch.setattr(cuda, "_fuses", lambda inputs: chosen.append(fuses(inputs)) or chosen[-1])
+    for side, expected in ((17, False), (24, True)):
+        grid = TokenGrid(side, side)
+        assert grid.num_blocks >= 6
+        tensor = torch.randn(1, 1, side * side, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        mask = BlockMask.dense(grid, device="cuda")
+        block_sparse_attention(tensor, tensor, tensor, mask, backend="cuda").sum().backward()
+        assert chosen.pop() is expected
 
 
 def test_in_a_thread_that_has_not_used_the_device() -> None:
