@@ -1,4 +1,4 @@
-"""In which blocks the ``cuda`` backend computes attention that skips nothing; no GPU is needed to tell."""
+"""In which blocks, and with which backward kernels, the ``cuda`` backend computes; no GPU is needed to tell."""
 
 import pytest
 import torch
@@ -7,13 +7,19 @@ from sparse_attn_modules import BlockMask, LocalWindow, TokenGrid
 from sparse_attn_modules.backends import AttentionInputs, cuda
 
 
-def _grids(mask, relative_position=False):
+def _inputs(mask, relative_position=False, density=None):
     tokens = mask.query_grid.num_tokens, mask.key_grid.num_tokens
     query, key = (torch.zeros(1, 1, count, 8) for count in tokens)
     rel = torch.zeros(1, 1, tokens[0], 4) if relative_position else None
     lists = (mask.blocks, mask.key_counts, mask.key_indices, mask.row_order, None, None)
     grids = mask.query_grid, mask.key_grid
-    return cuda._grids(AttentionInputs(query, key, key, *lists, rel, rel, None, None, *grids, 1.0, 0.0, mask.is_dense))
+    return AttentionInputs(
+        query, key, key, *lists, rel, rel, None, None, *grids, 1.0, 0.0, is_dense=mask.is_dense, density=density
+    )
+
+
+def _grids(mask, relative_position=False):
+    return cuda._grids(_inputs(mask, relative_position))
 
 
 @pytest.mark.parametrize(
@@ -36,3 +42,24 @@ def test_tiles_stay_where_the_place_in_the_image_counts():
     grid = TokenGrid(37, 37, prefix=5)
     assert _grids(LocalWindow(density=0.4).mask(grid, 1)) == (grid, grid)
     assert _grids(BlockMask.dense(TokenGrid(14, 14)), relative_position=True) == (TokenGrid(14, 14),) * 2
+
+
+@pytest.mark.parametrize(("size", "density", "expected"), [(64, 0.1, False), (64, 0.2, True), (128, 0.1, True)])
+def test_many_key_blocks_per_query_block_are_for_the_fused_kernel(size, density, expected):
+    """32 blocks and 128: what counts is how many of them a block of queries sees."""
+    grid = TokenGrid(size, size)
+    blocks = torch.zeros(grid.num_blocks, grid.num_blocks, dtype=torch.bool)
+    blocks[:, : round(density * grid.num_blocks)] = True
+    inputs = _inputs(BlockMask(blocks, grid), density=density)
+    assert cuda._fuses(inputs) is expected
+    inputs.dropout_p = 0.1
+    assert not cuda._fuses(inputs)
+
+
+@pytest.mark.parametrize(("side", "expected"), [(17, False), (24, True)])
+def test_dense_attention_is_judged_by_the_blocks_it_takes(side, expected):
+    """6 blocks of tiles that hang over an edge each; as a sequence 3 and 5."""
+    grid = TokenGrid(side, side)
+    assert grid.num_blocks == 6
+    assert cuda._fuses(_inputs(BlockMask.dense(grid))) is expected
+    assert not cuda._fuses(_inputs(BlockMask.dense(grid), relative_position=True))

@@ -152,20 +152,6 @@ def test_chosen_by_key_blocks_and_determinism(monkeypatch: pytest.MonkeyPatch) -
         torch.use_deterministic_algorithms(False)
 
 
-def test_chosen_by_the_blocks_that_dense_attention_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that hang over an edge are no reason for the fused kernel: the tokens are taken as a sequence."""
-    chosen: list[bool] = []
-    fuses = cuda._fuses
-    monkeypatch.setattr(cuda, "_fuses", lambda inputs: chosen.append(fuses(inputs)) or chosen[-1])
-    for side, expected in ((17, False), (24, True)):
-        grid = TokenGrid(side, side)
-        assert grid.num_blocks >= 6
-        tensor = torch.randn(1, 1, side * side, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        mask = BlockMask.dense(grid, device="cuda")
-        block_sparse_attention(tensor, tensor, tensor, mask, backend="cuda").sum().backward()
-        assert chosen.pop() is expected
-
-
 def test_in_a_thread_that_has_not_used_the_device() -> None:
     """Nothing but the operator may make the device's context current there: memory comes from the allocator's cache."""
     grid = TokenGrid.sequence(256)
