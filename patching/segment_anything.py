@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from ..modules import SAMAttentionSparse
 from ..token_grid import TokenGrid
 from .adapters import LeftAlone, Replaceable, Site, loaded_class, loaded_classes
@@ -30,9 +32,12 @@ def inspect(site: Site) -> Replaceable | LeftAlone | None:
 def _geometry(site: Site) -> tuple[TokenGrid, int] | None:
     window = getattr(site.ancestors[-1], "window_size", 0)
     encoder: Any = site.ancestor(*loaded_classes((_ENCODER, "ImageEncoderViT")))
-    if encoder is None:
+    # The convolution itself, where an adapter has been put around it.
+    projections = [] if encoder is None else encoder.patch_embed.proj.modules()
+    convolution = next((module for module in projections if isinstance(module, nn.Conv2d)), None)
+    if convolution is None:
         return (TokenGrid(window, window), 1) if window else None
-    height, width = (encoder.img_size // stride for stride in encoder.patch_embed.proj.stride)
+    height, width = (encoder.img_size // stride for stride in convolution.stride)
     if not window:
         return TokenGrid(height, width), 1
     return TokenGrid(window, window), -(-height // window) * -(-width // window)

@@ -173,3 +173,24 @@ def test_a_subclass_is_left_alone():
     model.blocks[0].attn = Special(32, HEADS, use_rel_pos=True, input_size=(WINDOW, WINDOW))
     (left,) = patch_report(patch_model(model)).left_alone
     assert (left.kind, left.reason) == ("SAM Special", "it is a subclass of segment_anything's Attention")
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_lora_on_every_projection_that_is_called_so(patch_first):
+    """``proj`` names the convolution of the patch embedding too, whose stride an adapter does not tell."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "proj"], init_lora_weights=False)
+    model, x = encoder(), torch.randn(1, 3, 44, 44)
+    if patch_first:
+        patch_model(model)
+    wrapped = peft.get_peft_model(model, config)
+    if not patch_first:
+        expected = wrapped(x).detach()
+        patch_model(wrapped)
+    found = wrapped(x).detach()
+    if patch_first:
+        expected = unpatch_model(wrapped)(x).detach()
+        patch_model(wrapped)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    merged = unpatch_model(wrapped.merge_and_unload())
+    torch.testing.assert_close(merged(x), expected, atol=1e-4, rtol=1e-4)
