@@ -22,6 +22,7 @@ import attention_summary
 import cpu_attention
 import encoders
 import fidelity_summary
+import selection
 import training
 from records import RESULTS, Column, Row, caption, read, table
 
@@ -47,6 +48,7 @@ TABLES = {
     "encoders": Table("encoders", encoders.COLUMNS),
     "fidelity": Table("fidelity", fidelity_summary.COLUMNS),
     "fidelity_summary": Table("fidelity", fidelity_summary.COLUMNS, fidelity_summary.summarize),
+    "selection": Table("selection", selection.COLUMNS),
     "training": Table("training", training.STEP_COLUMNS, training.steps),
     "training_attention": Table("training", training.ATTENTION_COLUMNS, training.attention),
 }
