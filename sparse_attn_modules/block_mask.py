@@ -249,7 +249,8 @@ class BlockMask:
     def _list(self, name: str) -> Tensor:
         found = self._lists.get(name)
         if found is not None:
-            self._made.wait(self.device)
+            if self._made.event is not None:
+                self._made.wait(self.device)
             return found
         if not may_keep(self.device):
             return self._make(name)[name]

@@ -58,23 +58,23 @@ class MadeOnStream:
     """Makes other streams of a device wait for tensors that were made on one, until these are there."""
 
     def __init__(self) -> None:
-        self._event: torch.cuda.Event | None = None
+        self.event: torch.cuda.Event | None = None  # nothing to wait for without one
 
     def mark(self, device: torch.device) -> None:
         """To be called when they have been made, before others may find them."""
         if device.type == "cuda" and torch.cuda.is_initialized():  # else they are fake
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
-            self._event = event
+            self.event = event
 
     def wait(self, device: torch.device) -> None:
         """To be called before they are used."""
-        event = self._event
+        event = self.event
         # A captured graph cannot wait for what happens outside; who captures has warmed up before.
         if event is None or not may_keep(device):
             return
         if event.query():
-            self._event = None
+            self.event = None
         else:
             torch.cuda.current_stream(device).wait_event(event)
 

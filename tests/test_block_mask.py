@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from sparse_attn_modules import BlockMask, LocalWindow, Random, TokenGrid, block_sparse_attention
@@ -228,7 +229,7 @@ def test_a_compiled_call_leaves_nothing_with_the_mask():
     """What a compiled region computes lies in its graph's memory, and a mask that changed would be compiled again."""
     mask = BlockMask(torch.rand(1, 2, 2, 2) < 0.6, TokenGrid(16, 16))
     query = torch.randn(1, 2, 256, 16)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     @torch.compile(backend=counter, fullgraph=True)
     def attend(query):

@@ -168,6 +168,13 @@ def test_attn_mask_that_does_not_broadcast_is_refused(shape):
             layer(torch.randn(2, 77, 8), attn_mask=mask)
 
 
+@pytest.mark.parametrize("kind", ["allowed", "bias"])
+def test_attn_mask_of_keys_alone(kind):
+    layer, x = ViTSparseAttention(8, 2), torch.randn(2, 77, 8)
+    mask = torch.rand(77) < 0.5 if kind == "allowed" else torch.randn(77)
+    torch.testing.assert_close(layer(x, attn_mask=mask), layer(x, attn_mask=mask.expand(77, 77)))
+
+
 def test_causal_is_honoured():
     layer = make("rope")
     x, arguments = inputs(layer)

@@ -282,9 +282,9 @@ class ViTSparseAttention(SparseAttention):
         if is_causal:
             allowed = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
         elif attn_mask is not None and attn_mask.dtype == torch.bool:
-            allowed = attn_mask
+            allowed = torch.atleast_2d(attn_mask)
         elif attn_mask is not None:
-            bias = attn_mask
+            bias = torch.atleast_2d(attn_mask)
         if grid is not None and not isinstance(self.pattern, Dense):
             pattern_allows = self.mask_for(query, key, grid, scale=self.scale).token_mask()
             allowed = pattern_allows if allowed is None else allowed & pattern_allows
