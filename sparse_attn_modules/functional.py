@@ -231,6 +231,8 @@ def _checked_plan(
         key_padding_mask=key_padding_mask is not None,
         dropout=dropout,
         is_dense=mask.is_dense,
+        batch=query.shape[0],
+        heads=query.shape[1],
     )
     name = select_backend(request, backend)
     return name, BACKENDS[name].fit_mask(mask)

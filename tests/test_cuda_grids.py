@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_attn_modules import BlockMask, LocalWindow, TokenGrid
-from sparse_attn_modules.backends import AttentionInputs, cuda
+from sparse_attn_modules.backends import AttentionInputs, Request, cuda
 
 
 def _inputs(mask, relative_position=False, density=None):
@@ -63,3 +63,33 @@ def test_dense_attention_is_judged_by_the_blocks_it_takes(side, expected):
     assert grid.num_blocks == 6
     assert cuda._fuses(_inputs(BlockMask.dense(grid))) is expected
     assert not cuda._fuses(_inputs(BlockMask.dense(grid), relative_position=True))
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor", "taken"), [(0.2, 1, 0.2), (-0.2, -1, 0.2), (1e-39, 0, 1.0), (-1e-46, 0, 1.0)]
+)
+def test_kernels_get_a_scale_whose_inverse_is_a_float(scale, factor, taken):
+    grid = TokenGrid(9, 5)
+    mask = BlockMask.dense(grid)
+    query = torch.randn(1, 1, grid.num_tokens, 8)
+    lists = (mask.blocks, mask.key_counts, mask.key_indices, mask.row_order, None, None)
+    inputs = AttentionInputs(query, query, query, *lists, None, None, None, None, grid, grid, scale, 0.0, True)
+    found, positive = cuda._positive_scale(inputs)
+    assert torch.equal(found, factor * query)
+    assert positive == taken
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(65536, 1), (1, 65536)])
+def test_more_entries_than_a_launch_holds_are_refused_with_a_reason(batch, heads):
+    grid = TokenGrid(9, 5)
+    request = Request(torch.device("cuda"), torch.bfloat16, 64, grid, grid, batch=batch, heads=heads)
+    assert f"up to 65535 entries and as many heads, got {batch} × {heads}" in cuda.why_not(request)
+
+    @torch.compile(backend="eager", fullgraph=True, dynamic=True)
+    def ask(query):
+        asked = Request(
+            torch.device("cuda"), torch.bfloat16, 64, grid, grid, batch=query.shape[0], heads=query.shape[1]
+        )
+        return query + (1 if cuda.why_not(asked) else 0)
+
+    assert ask(torch.zeros(batch, heads)).sum() == batch * heads

@@ -21,6 +21,7 @@ name = "cuda"
 
 _BLOCK_TOKENS = 128
 _MAX_HEAD_DIM = 128
+_MAX_BATCH = 65535  # what a launch's second and third dimension hold
 # Tiles of a block, the preferred first: the kernels read relative positions of 8×16 keys only.
 TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1))
 _RELATIVE_POSITION_TILE = TILES[0]
@@ -30,6 +31,7 @@ _NATIVE_HEAD_DIMS = (32, 64, 80, 96, 128)
 _FUSED_KEY_BLOCKS = 4.5
 _MAX_KNOWN_DENSITIES = 256
 _MAX_TILES = (8192, 65536)  # rows and columns that a block's packed coordinates hold
+_LEAST_SCALE = 2.0**-110  # its inverse and its logarithm must be floats; smaller ones make all weights equal anyway
 _ALIGNMENT = 8  # elements of 2 bytes: the tensor copy engine addresses multiples of 16 bytes
 
 _library = torch.library.Library("sparse_attn_modules", "FRAGMENT")
@@ -56,6 +58,8 @@ def why_not(request: Request) -> str | None:
         return f"it computes in float16 and bfloat16, got {request.dtype}"
     if request.head_dim % 8 or request.head_dim > _MAX_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {_MAX_HEAD_DIM}, got {request.head_dim}"
+    if request.batch > _MAX_BATCH or request.heads > _MAX_BATCH:
+        return f"a batch may have up to {_MAX_BATCH} entries and as many heads, got {request.batch} × {request.heads}"
     for grid in (request.query_grid, request.key_grid):
         if (reason := _why_not_grid(grid)) is not None:
             return reason
@@ -95,9 +99,8 @@ def fit_mask(mask: BlockMask) -> BlockMask:
 def forward(inputs: AttentionInputs, with_lse: bool) -> tuple[Tensor, Tensor | None]:
     out = inputs.new_output()
     lse = inputs.query.new_empty(inputs.query.shape[:3], dtype=torch.float32) if with_lse else None
-    if inputs.scale <= 0:
-        return _with_positive_scale(inputs, out, lse)
-    _launch(inputs, inputs.query, inputs.scale, out, lse)
+    query, scale = _positive_scale(inputs)
+    _launch(inputs, query, scale, out, lse)
     return out, lse
 
 
@@ -107,14 +110,11 @@ def backward(
     if not inputs.is_dense and inputs.query_counts is None:
         log_once("the cuda backend's gradients are computed by 'gathered': the mask's query lists were not given")
         return gathered.backward(inputs, grad_out, grad_lse, out, lse)
-    query, scale = inputs.query, inputs.scale
-    if scale <= 0:
-        # As in the forward pass; what this makes of the gradient of the queries is undone below.
-        query, scale = (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
+    query, scale = _positive_scale(inputs)
     grads = _launch_backward(inputs, query, scale, grad_out, grad_lse, out, lse)
-    if inputs.scale < 0:
+    if inputs.scale <= -_LEAST_SCALE:
         grads.query.neg_()
-    elif inputs.scale == 0:
+    elif inputs.scale < _LEAST_SCALE:
         grads.query.zero_()
     return grads
 
@@ -235,12 +235,13 @@ def _place_of(key_counts: Tensor) -> tuple[int, ...]:
     return (key_counts.get_device(), key_counts.data_ptr(), key_counts._version, *key_counts.shape)
 
 
-def _with_positive_scale(inputs: AttentionInputs, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The kernel takes maxima of unscaled logits, so a factor that is not positive goes into the queries."""
-    negative = inputs.scale < 0
-    query = -inputs.query if negative else torch.zeros_like(inputs.query)
-    _launch(inputs, query, -inputs.scale if negative else 1.0, out, lse)
-    return out, lse
+def _positive_scale(inputs: AttentionInputs) -> tuple[Tensor, float]:
+    """The kernels take maxima of unscaled logits, so a factor that is not positive goes into the queries."""
+    if inputs.scale >= _LEAST_SCALE:
+        return inputs.query, inputs.scale
+    if inputs.scale <= -_LEAST_SCALE:
+        return -inputs.query, -inputs.scale
+    return torch.zeros_like(inputs.query), 1.0
 
 
 def _launch(inputs: AttentionInputs, query: Tensor, scale: float, out: Tensor, lse: Tensor | None) -> None:

@@ -78,6 +78,8 @@ class Request:
     key_padding_mask: bool = False
     dropout: bool = False
     is_dense: bool = False
+    batch: int = 1
+    heads: int = 1
 
 
 class Backend(Protocol):
