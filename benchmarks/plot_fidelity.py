@@ -66,7 +66,7 @@ def draw(rows: list[Row], note: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
-    figure.text(0.99, 0.005, note, ha="right", fontsize=6, color="#707070")
+    figure.supxlabel(note, x=0.99, ha="right", fontsize=6, color="#707070")  # the layout makes room for it
     figure.savefig(path)
     pyplot.close(figure)
 
