@@ -55,6 +55,19 @@ class Case:
     def flops(self) -> float:
         return 4 * self.batch * self.heads * self.tokens**2 * self.head_dim * self.mask.density
 
+    def facts(self) -> Row:
+        """What a row says of the case, whatever is measured."""
+        return {
+            "B": self.batch,
+            "H": self.heads,
+            "N": self.tokens,
+            "D": self.head_dim,
+            "dtype": "bfloat16",
+            "pattern": self.pattern,
+            "density": round(self.mask.density, 4),
+            "relative_position": self.relative_position,
+        }
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -122,12 +135,12 @@ def plain_cases(batch: int, heads: int, side: int, head_dim: int, with_flex: boo
     cases = []
     for pattern, mask in masks(batch, heads, grid):
         case = Case(batch, heads, side, head_dim, pattern, mask)
-        case.calls["ours"] = partial(_ours, sets, mask)
+        case.calls["ours"] = partial(ours, sets, mask)
         blocks = mask.blocks.expand(batch, heads, -1, -1)
         if pattern == "dense":
             case.calls["fa4"] = fa4_dense(swapped)
-            case.calls["cudnn"] = partial(_sdpa, sets, torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
-            case.calls["fa2"] = partial(_sdpa, sets, torch.nn.attention.SDPBackend.FLASH_ATTENTION)
+            case.calls["cudnn"] = partial(sdpa, sets, torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
+            case.calls["fa2"] = partial(sdpa, sets, torch.nn.attention.SDPBackend.FLASH_ATTENTION)
         else:
             case.calls["fa4"] = flash_attention_4(swapped, blocks)
         if pattern in ("dense", "random") and head_dim in (64, 96, 128):
@@ -155,19 +168,19 @@ def relative_cases(batch: int, heads: int, side: int, head_dim: int) -> list[Cas
     cases = []
     for pattern, mask in found:
         case = Case(batch, heads, side, head_dim, pattern, mask, relative_position=True)
-        case.calls["ours"] = partial(_ours, sets, mask, relative=relative)
+        case.calls["ours"] = partial(ours, sets, mask, relative=relative)
         if pattern == "dense":
             case.calls["sdpa_bias"] = partial(_sdpa_with_bias, sets, relative)
         cases.append(case)
     return cases
 
 
-def _ours(sets: list[list[Tensor]], mask: BlockMask, i: int, relative: list[list[Tensor]] | None = None) -> Tensor:
+def ours(sets: list[list[Tensor]], mask: BlockMask, i: int, relative: list[list[Tensor]] | None = None) -> Tensor:
     bias = None if relative is None else tuple(relative[i % len(sets)])
     return block_sparse_attention(*sets[i % len(sets)], mask, relative_position=bias, backend="cuda")
 
 
-def _sdpa(sets: list[list[Tensor]], backend: torch.nn.attention.SDPBackend, i: int) -> Tensor:
+def sdpa(sets: list[list[Tensor]], backend: torch.nn.attention.SDPBackend, i: int) -> Tensor:
     with torch.nn.attention.sdpa_kernel(backend):
         return F.scaled_dot_product_attention(*sets[i % len(sets)])
 
@@ -189,14 +202,7 @@ def measure(case: Case, rounds: int, calls: int) -> list[Row]:
         rows.append(
             {
                 "implementation": name,
-                "B": case.batch,
-                "H": case.heads,
-                "N": case.tokens,
-                "D": case.head_dim,
-                "dtype": "bfloat16",
-                "pattern": case.pattern,
-                "density": round(case.mask.density, 4),
-                "relative_position": case.relative_position,
+                **case.facts(),
                 "fwd_ms": round(milliseconds, 5),
                 "best_ms": round(min(times), 5),
                 "fwd_tflops": round(case.flops / milliseconds / 1e9, 1),

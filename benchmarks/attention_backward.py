@@ -18,14 +18,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from attention import SHAPES, Case, inputs, masks
+from attention import SHAPES, Case, inputs, masks, ours, sdpa
 from peers import cudnn_block_sparse_backward, fa4_dense, flash_attention_4, flex
 from records import Column, Row, environment, result_path, table, write
 from timing import Call, peak_mib, take_turns, those_that_run
 from torch import Tensor
 
-from sparse_attn_modules import TokenGrid, block_sparse_attention
+from sparse_attn_modules import TokenGrid
 
 
 def main() -> None:
@@ -66,7 +65,7 @@ def cases(batch: int, heads: int, side: int, head_dim: int, with_flex: bool) -> 
     for pattern, mask in masks(batch, heads, grid):
         case = Case(batch, heads, side, head_dim, pattern, mask)
         blocks = mask.blocks.expand(batch, heads, -1, -1)
-        attend = partial(_ours, leaves, mask)
+        attend = partial(ours, leaves, mask)
         case.calls["ours"] = _backward(attend, leaves, ours_grads)
         case.calls["ours, deterministic"] = _deterministic(_backward(attend, leaves, ours_grads))
         if pattern == "dense":
@@ -75,7 +74,7 @@ def cases(batch: int, heads: int, side: int, head_dim: int, with_flex: bool) -> 
                 ("cudnn", torch.nn.attention.SDPBackend.CUDNN_ATTENTION),
                 ("fa2", torch.nn.attention.SDPBackend.FLASH_ATTENTION),
             ):
-                case.calls[name] = _backward(partial(_sdpa, leaves, backend), leaves, ours_grads)
+                case.calls[name] = _backward(partial(sdpa, leaves, backend), leaves, ours_grads)
         else:
             case.calls["fa4"] = _backward(flash_attention_4(swapped, blocks), swapped, swapped_grads)
         if pattern in ("dense", "random") and head_dim == 128:
@@ -85,15 +84,6 @@ def cases(batch: int, heads: int, side: int, head_dim: int, with_flex: bool) -> 
             case.calls["flex"] = _backward(flex(contiguous, blocks), contiguous, grads)
         found.append(case)
     return found
-
-
-def _ours(sets: list[list[Tensor]], mask: object, i: int) -> Tensor:
-    return block_sparse_attention(*sets[i % len(sets)], mask, backend="cuda")
-
-
-def _sdpa(sets: list[list[Tensor]], backend: torch.nn.attention.SDPBackend, i: int) -> Tensor:
-    with torch.nn.attention.sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*sets[i % len(sets)])
 
 
 def _backward(forward: Callable[[int], Tensor], leaves: list[list[Tensor]], grads: list[Tensor]) -> Call:
@@ -139,14 +129,7 @@ def measure(case: Case, rounds: int, calls: int) -> list[Row]:
         rows.append(
             {
                 "implementation": name,
-                "B": case.batch,
-                "H": case.heads,
-                "N": case.tokens,
-                "D": case.head_dim,
-                "dtype": "bfloat16",
-                "pattern": case.pattern,
-                "density": round(case.mask.density, 4),
-                "relative_position": False,
+                **case.facts(),
                 "bwd_ms": round(milliseconds, 5),
                 "best_ms": round(best, 5),
                 "bwd_tflops": round(2.5 * case.flops / milliseconds / 1e9, 1),

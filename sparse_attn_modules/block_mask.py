@@ -12,7 +12,7 @@ from torch import Tensor
 from .shared_tensors import MadeOnStream, leaving_modes, may_keep
 from .token_grid import TokenGrid
 
-_LISTS = ("key_counts", "key_indices", "query_counts", "query_indices", "row_order")
+LISTS = ("key_counts", "key_indices", "query_counts", "query_indices", "row_order")
 _making = threading.RLock()  # of all masks: one that held its own could not be copied
 
 
@@ -220,7 +220,7 @@ class BlockMask:
         moved = BlockMask(moved_blocks, self.query_grid, self.key_grid)
         if self.device.type == "cpu" and not self.is_dense and may_keep(moved.device):
             # A copy from pageable memory is there when it returns, for every stream.
-            moved._lists = {name: self._list(name).to(device) for name in _LISTS}
+            moved._lists = {name: self._list(name).to(device) for name in LISTS}
         moved._is_dense = self.is_dense
         moved.declared_density = self.declared_density
         return moved

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..autocast import without_autocast
 from ..backends import BACKENDS
-from ..block_mask import BlockMask
+from ..block_mask import LISTS, BlockMask
 from ..functional import block_sparse_attention
 from ..patterns import Dense, Pattern, resolve_pattern
-from ..patterns.traced import LISTS, register_for_tracing, traced_mask
+from ..patterns.traced import register_for_tracing, traced_mask
 from ..token_grid import TokenGrid
 from .block_selector import BlockSelector
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..block_mask import BlockMask
+from ..block_mask import LISTS, BlockMask
 from ..token_grid import TokenGrid
 from .base import Dense, Pattern
 
-LISTS = ("key_counts", "key_indices", "query_counts", "query_indices", "row_order")
 _patterns: dict[str, Pattern] = {}
 _names: dict[Pattern, str] = {}
 
