@@ -21,6 +21,7 @@ import attention_backward
 import attention_summary
 import cpu_attention
 import encoders
+import encoders_summary
 import fidelity_summary
 import selection
 import training
@@ -46,6 +47,7 @@ TABLES = {
     "attention_summary": Table("attention", attention_summary.COLUMNS, attention_summary.summarize),
     "cpu_attention": Table("cpu_attention", cpu_attention.COLUMNS),
     "encoders": Table("encoders", encoders.COLUMNS),
+    "encoders_summary": Table("encoders", encoders_summary.COLUMNS, encoders_summary.summarize),
     "fidelity": Table("fidelity", fidelity_summary.COLUMNS),
     "fidelity_summary": Table("fidelity", fidelity_summary.COLUMNS, fidelity_summary.summarize),
     "selection": Table("selection", selection.COLUMNS),

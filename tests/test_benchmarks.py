@@ -274,6 +274,7 @@ def test_the_record_of_encoders_is_added_to(tmp_path):
         done = subprocess.run([*command, *implementations], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     import encoders
+    import encoders_summary
     import plot_encoders
     import records
 
@@ -283,8 +284,29 @@ def test_the_record_of_encoders_is_added_to(tmp_path):
     assert [row["cosine"] for row in rows[:4]] == pytest.approx([1] * 4, abs=1e-5)  # too few tiles to skip any
     assert rows[4]["cosine"] < 0.99
     assert all(row["ms"] > 0 and row["peak_gib"] > 0 for row in rows)
+    (short,) = encoders_summary.summarize([*rows, {**rows[0], "batch": 1}, {**rows[0], "mode": "compiled", "batch": 1}])
+    assert [short["shipped"], short["other"], short["exact"], short["floor"]] == [*rows[:3], rows[4]]
     plot_encoders.draw(rows, records.caption(meta), tmp_path / "encoders.svg")
     assert (tmp_path / "encoders.svg").stat().st_size > 10000
+
+
+def test_the_short_table_of_encoders_takes_the_fastest_mode():
+    import encoders_summary
+    import records
+
+    case = {"model": "sam_b", "title": "SAM ViT-B", "image_size": 1024, "batch": 1, "density": 1.0, "peak_gib": 1.0}
+    rows = [
+        {**case, "implementation": name, "mode": mode, "ms": ms}
+        for name, mode, ms in (
+            ("stock", "eager", 50.0),
+            ("ours", "eager", 25.0),
+            ("stock", "graphs", 8.0),
+            ("ours", "graphs", 2.0),
+        )
+    ]
+    (line,) = records.table(encoders_summary.summarize(rows), encoders_summary.COLUMNS).splitlines()[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["SAM ViT-B", "1024²", "1", "graphs", "8.00", "", "", "2.00", "4.00×", "", "", "", "1.00", "1.00"]
 
 
 def test_records_of_another_commit_are_not_added_to(tmp_path):
