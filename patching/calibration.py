@@ -17,7 +17,9 @@ from .adapters import Replaceable
 from .attention_mass import AttentionMass, LayerMass, check_target
 from .calibrated_layers import canonical_name, sample_weights
 from .observing import AttentionCall, observing_attention, replaceable_slots
+from .patch import nothing_to_patch
 from .selection import Include, Selection
+from .walk import attention_slots
 
 _CHUNK = 1 << 24  # attention weights at a time: 64 MiB in float32
 
@@ -87,6 +89,8 @@ def measure_attention_mass(
     selection = Selection(None, include, op="calibrate")
     recorder = _Recorder()
     slots = replaceable_slots(model)
+    if not slots:
+        raise ValueError(nothing_to_patch(attention_slots(model), "calibrate"))
     selection.check_names(slot.name for slot in slots)
     for slot in slots:
         if selection.pattern_for(slot.name, slot.original) is not None:

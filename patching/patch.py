@@ -95,7 +95,7 @@ def patch_model(
         if slot.verdict.source is not None:
             sources.add(slot.verdict.source)
     if not replacements and strict:
-        raise ValueError(_nothing_to_patch(slots))
+        raise ValueError(nothing_to_patch(slots))
 
     _restore([slot for slot in slots if id(slot.original) not in replacements])
     for slot in slots:
@@ -166,8 +166,9 @@ def _carry_back(current: nn.Module, original: nn.Module) -> None:
     original.training = current.training
 
 
-def _nothing_to_patch(slots: list[Slot]) -> str:
-    lines = ["patch_model: model must have an attention layer that can be replaced"]
+def nothing_to_patch(slots: list[Slot], op: str = "patch_model") -> str:
+    """What an error says of a model in which nothing can be patched: what was seen, and why it was left alone."""
+    lines = [f"{op}: model must have an attention layer that can be replaced"]
     if not slots:
         return lines[0] + ", and none of its modules is an attention layer"
     for slot in slots:

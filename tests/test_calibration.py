@@ -356,7 +356,7 @@ class TestRefusals:
             calibrate(vit(), [images()], density=0.5, forward="model")
 
     def test_of_models_with_nothing_to_calibrate(self):
-        with pytest.raises(ValueError, match="patch_model: model must have an attention layer"):
+        with pytest.raises(ValueError, match="calibrate: model must have an attention layer"):
             calibrate(nn.Linear(3, 3), [torch.zeros(1, 3)], density=0.5)
         small = vit(img_size=(32, 32))
         with pytest.raises(ValueError, match="skipping blocks can pay, got none: 8×8 patches are 1 tile"):

@@ -9,6 +9,7 @@ under the mask is. Related selectors for language and video models: SpargeAttn (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +63,13 @@ class DynamicPattern(Pattern):
 
         Raises:
             ValueError: if queries or keys do not fit their grids or each other.
+            TypeError: if a learned pattern gets no selector.
         """
         key_grid = query_grid if key_grid is None else key_grid
         self._check(query, key, query_grid, key_grid)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        queries, keys = features(query, key, query_grid, key_grid, scale, relative_position, key_padding_mask)
+        of_blocks = self._features(selector)
+        queries, keys = of_blocks(query, key, query_grid, key_grid, scale, relative_position, key_padding_mask)
         return choose_mask(
             queries,
             keys,
@@ -75,6 +78,10 @@ class DynamicPattern(Pattern):
             self.rule(query_grid, key_grid),
             with_query_lists=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad),
         )
+
+    def _features(self, selector: nn.Module | None) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What makes the features of blocks, by whose products they are chosen."""
+        return features
 
     def blocks(self, query_grid: TokenGrid, key_grid: TokenGrid, num_heads: int) -> Tensor:
         name = type(self).__name__
