@@ -102,11 +102,11 @@ def test_compiled_steps_run_on_through_a_schedule(mode):
 
 def test_float16_with_a_gradient_scaler():
     model = patch_model(vit(), SPARSE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)  # 1e-3 learns by no means always, whatever the attention
     scaler = torch.amp.GradScaler("cuda")
     x, labels = batch(4)
     losses = []
-    for _ in range(40):
+    for _ in range(60):
         optimizer.zero_grad()
         with torch.autocast("cuda", torch.float16):
             loss = F.cross_entropy(model(x), labels)
