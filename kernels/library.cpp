@@ -4,6 +4,7 @@
 #include "backward_operator.h"
 #include "operator_arguments.h"
 #include "params.h"
+#include "selection_operators.h"
 #include "sm90/launch.h"
 #include "tensor_maps.h"
 
@@ -149,4 +150,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn_modules, CUDA, library) {
     library.impl("forward_sm90", TORCH_BOX(&sparse_attn::forward_sm90));
     library.impl("forward_windows_sm90", TORCH_BOX(&sparse_attn::forward_windows_sm90));
     library.impl("backward_sm90", TORCH_BOX(&sparse_attn::backward_sm90));
+    library.impl("pool_blocks_sm90", TORCH_BOX(&sparse_attn::pool_blocks_sm90));
+    library.impl("choose_blocks_sm90", TORCH_BOX(&sparse_attn::choose_blocks_sm90));
 }

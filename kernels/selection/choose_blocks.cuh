@@ -13,22 +13,6 @@ constexpr int kChooseBlocks = kChooseThreads / 32;   // of queries, per thread b
 constexpr int kChooseRows = kChooseBlocks * kParts;  // of the product: two times 16, by four warps each
 constexpr int kCertain = 0x7f800000;                 // more than the bits of any mass
 
-struct ChooseParams {
-    const float* queries;  // [B, Hq, Q * kParts, features], contiguous
-    const float* keys;     // [B, Hkv, K * kParts, features], contiguous
-    uint8_t* blocks;       // [B, Hq, Q, K]
-    int32_t* key_counts;   // [B, Hq, Q]
-    int32_t* key_indices;  // [B, Hq, Q, K]
-    int32_t* row_order;    // [B, Hq, Q]
-    GridParams query_grid, key_grid;
-    CutParams query_cut;
-    int heads, heads_per_key_head;
-    int features;          // a multiple of 8
-    int count;             // of key blocks of a query tile; 0: as many as draw `mass`
-    float mass;
-    bool same_grids;
-};
-
 // Floats from one row of queries to the next in shared memory, so that 8 rows meet no bank twice.
 __host__ __device__ inline int query_row_stride(int features) { return features + ((8 - features) & 31); }
 

@@ -1,18 +1,9 @@
-// A block is cut into parts for selection: compact pieces of a tile, runs of extra tokens.
+// Where a part of a block lies, and how much of it exists.
 #pragma once
 
-#include "../params.h"
+#include "params.h"
 
 namespace sparse_attn {
-
-constexpr int kPartsLog2 = 2;
-constexpr int kParts = 1 << kPartsLog2;
-constexpr int kPartTokens = kBlockTokens / kParts;
-
-// Parts along the height and the width of a tile; their product is kParts.
-struct CutParams {
-    int rows_log2, columns_log2;
-};
 
 // Token `slot` of a part, below kPartTokens, lies at row slot >> width_log2 and column slot & ((1 << width_log2) - 1).
 struct Part {

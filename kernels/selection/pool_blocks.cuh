@@ -13,24 +13,6 @@
 namespace sparse_attn {
 
 constexpr int kPoolThreads = 128;
-constexpr int kExtraFeatures = 8;  // two, and zeros that fill up the matrix product's step
-
-struct PoolTensor {
-    const void* data;                                 // [B, H, N, head_dim], 16-byte aligned rows
-    int64_t batch_stride, head_stride, token_stride;  // in elements
-    float* features;                                  // [B, H, blocks * kParts, head_dim + kExtraFeatures], contiguous
-    GridParams grid;
-    CutParams cut;
-    unsigned heads;
-    unsigned parts;  // of all batch entries and heads
-};
-
-struct PoolParams {
-    PoolTensor query, key;
-    int head_dim;
-    unsigned query_teams;  // those of the queries, filled up to whole thread blocks
-    float scale;
-};
 
 template <typename T>
 __device__ __forceinline__ void add_to(float (&sums)[8], float& squares, const uint4& loaded) {

@@ -1,69 +1,20 @@
-// The operators that choose blocks at run time: checks, parameters, launches.
-#include <torch/csrc/stable/library.h>
-
-#include "../operator_arguments.h"
+// Chooses the variants of the kernels that choose blocks, and launches them.
 #include "../selection/choose_blocks.cuh"
 #include "../selection/pool_blocks.cuh"
 #include "launch_device.cuh"
+#include "launch_selection.h"
 
 namespace sparse_attn {
 namespace {
 
 constexpr size_t kMostShared = 227 * 1024;
 
-CutParams cut_params(const GridParams& grid, const std::vector<int64_t>& cut) {
-    CutParams params{};
-    while ((1 << params.rows_log2) < cut[0]) params.rows_log2++;
-    params.columns_log2 = kPartsLog2 - params.rows_log2;
-    STD_TORCH_CHECK(cut[0] * cut[1] == kParts && (1 << params.rows_log2) == cut[0] &&
-                        params.rows_log2 <= grid.tile_height_log2 && params.columns_log2 <= grid.tile_width_log2,
-                    "choose_blocks: a tile must be cut into ", kParts, " parts, got ", cut[0], " x ", cut[1]);
-    return params;
+// Of the kernels that give a row of lists to a warp.
+constexpr int kListThreads = 128;
+unsigned list_thread_blocks(int64_t lists) {
+    constexpr int kWarps = kListThreads / 32;
+    return unsigned((lists + kWarps - 1) / kWarps);
 }
-
-PoolTensor pool_tensor(const char* name, const Tensor& tensor, const Tensor& features, const std::vector<int64_t>& grid,
-                       const std::vector<int64_t>& cut) {
-    PoolTensor params{};
-    params.grid = grid_params(name, grid);
-    params.cut = cut_params(params.grid, cut);
-    const int64_t parts = int64_t(params.grid.num_blocks) * kParts;
-    check_shape(name, tensor, {-1, -1, tokens(params.grid), -1});
-    check_shape("features", features, {tensor.size(0), tensor.size(1), parts, tensor.size(3) + kExtraFeatures});
-    STD_TORCH_CHECK(features.is_contiguous(), "choose_blocks: features must be contiguous");
-    params.data = tensor.mutable_data_ptr();
-    params.batch_stride = tensor.stride(0);
-    params.head_stride = tensor.stride(1);
-    params.token_stride = tensor.stride(2);
-    params.features = static_cast<float*>(features.mutable_data_ptr());
-    params.heads = unsigned(tensor.size(1));
-    const int64_t all_parts = tensor.size(0) * tensor.size(1) * parts;
-    STD_TORCH_CHECK(all_parts < (int64_t(1) << 30), "choose_blocks: ", name, " must have fewer blocks, got ", all_parts / kParts);
-    params.parts = unsigned(all_parts);
-    return params;
-}
-
-void pool_blocks_sm90(const Tensor& query, const Tensor& key, const Tensor& queries, const Tensor& keys,
-                      const std::vector<int64_t>& query_grid, const std::vector<int64_t>& key_grid,
-                      const std::vector<int64_t>& query_cut, const std::vector<int64_t>& key_cut, double scale) {
-    PoolParams params{};
-    params.query = pool_tensor("query", query, queries, query_grid, query_cut);
-    params.key = pool_tensor("key", key, keys, key_grid, key_cut);
-    params.head_dim = int(query.size(3));
-    params.scale = float(scale);
-    STD_TORCH_CHECK(params.head_dim % 8 == 0 && params.head_dim <= 128, "choose_blocks: head_dim must be a multiple of 8 "
-                    "up to 128, got ", params.head_dim);
-    const int32_t device = query.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    const unsigned teams = unsigned(32 / (params.head_dim / 8) * (kPoolThreads / 32));  // of a thread block
-    const unsigned query_blocks = (params.query.parts + teams - 1) / teams, key_blocks = (params.key.parts + teams - 1) / teams;
-    params.query_teams = query_blocks * teams;
-    const bool is_bfloat16 = query.scalar_type() == torch::headeronly::ScalarType::BFloat16;
-    const auto kernel = is_bfloat16 ? pool_blocks<__nv_bfloat16> : pool_blocks<__half>;
-    kernel<<<query_blocks + key_blocks, kPoolThreads, 0, current_stream(device)>>>(params);
-    check_launch(cudaGetLastError());
-}
-
-using Launch = cudaError_t (*)(const ChooseParams&, const dim3&, int, cudaStream_t);
 
 template <int kColumns>
 cudaError_t launch_choose(const ChooseParams& params, const dim3& blocks, int device, cudaStream_t stream) {
@@ -86,7 +37,9 @@ cudaError_t launch_choose(const ChooseParams& params, const dim3& blocks, int de
     return cudaLaunchKernelEx(&config, choose_blocks<kColumns>, params);
 }
 
-Launch launch_for(int64_t columns) {
+using Launch = cudaError_t (*)(const ChooseParams&, const dim3&, int, cudaStream_t);
+
+Launch launch_for(int columns) {
     if (columns <= 32) return launch_choose<1>;
     if (columns <= 64) return launch_choose<2>;
     if (columns <= 128) return launch_choose<4>;
@@ -94,64 +47,36 @@ Launch launch_for(int64_t columns) {
     return columns <= 512 ? launch_choose<16> : launch_choose<32>;
 }
 
-void choose_blocks_sm90(const Tensor& queries, const Tensor& keys, const Tensor& blocks, const Tensor& key_counts,
-                        const Tensor& key_indices, const Tensor& row_order, const std::optional<Tensor>& query_counts,
-                        const std::optional<Tensor>& query_indices, const std::vector<int64_t>& query_grid,
-                        const std::vector<int64_t>& key_grid, const std::vector<int64_t>& query_cut, int64_t count,
-                        double mass) {
-    ChooseParams params{};
-    params.query_grid = grid_params("query_grid", query_grid);
-    params.key_grid = grid_params("key_grid", key_grid);
-    params.query_cut = cut_params(params.query_grid, query_cut);
-    params.same_grids = query_grid == key_grid;
-    const int64_t batch = queries.size(0), heads = queries.size(1), key_heads = keys.size(1), features = queries.size(3);
-    const int64_t rows = params.query_grid.num_blocks, columns = params.key_grid.num_blocks;
-    check_shape("queries", queries, {batch, heads, rows * kParts, features});
-    check_shape("keys", keys, {batch, key_heads, columns * kParts, features});
-    check_shape("blocks", blocks, {batch, heads, rows, columns});
-    STD_TORCH_CHECK(features % 8 == 0, "choose_blocks: features must be a multiple of 8, got ", features);
-    STD_TORCH_CHECK(count <= columns, "choose_blocks: count must be at most ", columns, ", got ", count);
-    STD_TORCH_CHECK(queries.is_contiguous() && keys.is_contiguous(), "choose_blocks: features must be contiguous");
-    const auto data = [](const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); };
-    params.queries = static_cast<const float*>(queries.mutable_data_ptr());
-    params.keys = static_cast<const float*>(keys.mutable_data_ptr());
-    params.blocks = static_cast<uint8_t*>(blocks.mutable_data_ptr());
-    params.key_counts = data(key_counts);
-    params.key_indices = data(key_indices);
-    params.row_order = data(row_order);
-    params.heads = int(heads);
-    params.heads_per_key_head = int(heads / key_heads);
-    params.features = int(features);
-    params.count = int(count);
-    params.mass = float(mass);
-    STD_TORCH_CHECK(columns <= 1024 && choose_shared_bytes(params) <= kMostShared,
-                    "choose_blocks: key_grid must have up to 1024 blocks, got ", columns);
-
-    const int32_t device = queries.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    const cudaStream_t stream = current_stream(device);
-    const Launch launch = launch_for(columns);
-    check_launch(launch(params, dim3(unsigned((rows + kChooseBlocks - 1) / kChooseBlocks), unsigned(heads), unsigned(batch)),
-                        device, stream));
-
-    constexpr int kThreads = 128, kWarps = kThreads / 32;
-    if (count == 0) {
-        const unsigned needed = unsigned((batch * heads + kWarps - 1) / kWarps);
-        order_rows<<<needed, kThreads, 0, stream>>>(params.key_counts, params.row_order, batch * heads, int(rows));
-        check_launch(cudaGetLastError());
-    }
-    if (query_counts.has_value() && query_indices.has_value()) {
-        const unsigned needed = unsigned((batch * heads * columns + kWarps - 1) / kWarps);
-        list_queries<<<needed, kThreads, 0, stream>>>(params.blocks, data(*query_counts), data(*query_indices),
-                                                      batch * heads, int(rows), int(columns));
-        check_launch(cudaGetLastError());
-    }
-}
-
 }  // namespace
-}  // namespace sparse_attn
 
-STABLE_TORCH_LIBRARY_IMPL(sparse_attn_modules, CUDA, library) {
-    library.impl("pool_blocks_sm90", TORCH_BOX(&sparse_attn::pool_blocks_sm90));
-    library.impl("choose_blocks_sm90", TORCH_BOX(&sparse_attn::choose_blocks_sm90));
+cudaError_t launch_pool_blocks(PoolParams params, bool is_bfloat16, cudaStream_t stream) {
+    const unsigned teams = unsigned(32 / (params.head_dim / 8) * (kPoolThreads / 32));  // of a thread block
+    const unsigned query_blocks = (params.query.parts + teams - 1) / teams, key_blocks = (params.key.parts + teams - 1) / teams;
+    params.query_teams = query_blocks * teams;
+    const auto kernel = is_bfloat16 ? pool_blocks<__nv_bfloat16> : pool_blocks<__half>;
+    kernel<<<query_blocks + key_blocks, kPoolThreads, 0, stream>>>(params);
+    return cudaGetLastError();
 }
+
+bool choose_blocks_fits(const ChooseParams& params) { return choose_shared_bytes(params) <= kMostShared; }
+
+cudaError_t launch_choose_blocks(const ChooseParams& params, int64_t batch, int device, cudaStream_t stream) {
+    const dim3 blocks((params.query_grid.num_blocks + kChooseBlocks - 1) / kChooseBlocks, params.heads, unsigned(batch));
+    return launch_for(params.key_grid.num_blocks)(params, blocks, device, stream);
+}
+
+cudaError_t launch_order_rows(const ChooseParams& params, int64_t heads, cudaStream_t stream) {
+    order_rows<<<list_thread_blocks(heads), kListThreads, 0, stream>>>(params.key_counts, params.row_order, heads,
+                                                                       params.query_grid.num_blocks);
+    return cudaGetLastError();
+}
+
+cudaError_t launch_list_queries(const ChooseParams& params, int32_t* query_counts, int32_t* query_indices, int64_t heads,
+                                cudaStream_t stream) {
+    const int rows = params.query_grid.num_blocks, columns = params.key_grid.num_blocks;
+    list_queries<<<list_thread_blocks(heads * columns), kListThreads, 0, stream>>>(params.blocks, query_counts,
+                                                                                   query_indices, heads, rows, columns);
+    return cudaGetLastError();
+}
+
+}  // namespace sparse_attn
