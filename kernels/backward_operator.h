@@ -8,8 +8,8 @@
 namespace sparse_attn {
 
 struct BackwardLaunches {
-    cudaError_t (*query)(const BackwardParams&, bool, int, cudaStream_t);
-    cudaError_t (*key)(const BackwardParams&, bool, int, cudaStream_t);
+    cudaError_t (*query)(const BackwardParams&, int, cudaStream_t);
+    cudaError_t (*key)(const BackwardParams&, int, cudaStream_t);
     cudaError_t (*fused)(const BackwardParams&, int, cudaStream_t);
 };
 
@@ -113,6 +113,7 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
         params.grad_rel_h = pointer<void>(grad_rel_h);
         params.grad_rel_w = pointer<void>(grad_rel_w);
         params.rel_w_sums = pointer<float>(rel_w_sums);
+        params.relative_position = true;
     }
     const Lists keys = index_lists("key_counts, key_indices", key_counts, key_indices, query_blocks, key_blocks);
     params.key_counts = keys.counts;
@@ -153,8 +154,8 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
         check_launch(launches.fused(params, device, stream));
         return;
     }
-    check_launch(launches.query(params, rel_h.has_value(), device, stream));
-    check_launch(launches.key(params, rel_h.has_value(), device, stream));
+    check_launch(launches.query(params, device, stream));
+    check_launch(launches.key(params, device, stream));
 }
 
 }  // namespace sparse_attn

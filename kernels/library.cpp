@@ -13,7 +13,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-using Launch = cudaError_t (*)(const ForwardParams&, bool, int, cudaStream_t);
+using Launch = cudaError_t (*)(const ForwardParams&, int, cudaStream_t);
 
 template <typename T>
 Launch forward_for(int64_t head_dim) {
@@ -24,10 +24,10 @@ Launch forward_for(int64_t head_dim) {
     return launch_forward<T, 128>;
 }
 
-void launch(const ForwardParams& params, const Tensor& query, bool relative_position, int32_t device) {
+void launch(const ForwardParams& params, const Tensor& query, int32_t device) {
     const Launch launch = query.scalar_type() == ScalarType::BFloat16 ? forward_for<__nv_bfloat16>(query.size(3))
                                                                       : forward_for<__half>(query.size(3));
-    check_launch(launch(params, relative_position, device, current_stream(device)));
+    check_launch(launch(params, device, current_stream(device)));
 }
 
 void set_scale(ForwardParams& params, double scale) {
@@ -80,6 +80,7 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
         check_shape("rel_w", *rel_w, {batch, heads, query_tokens, params.key_grid.width});
         params.rel_h = encode_tokens("rel_h", *rel_h, params.query_grid, params.key_grid.tile_height, false);
         params.rel_w = encode_tokens("rel_w", *rel_w, params.query_grid, params.key_grid.tile_width, false);
+        params.relative_position = true;
     }
     check_contiguous("row_order", row_order);
     params.row_order = pointer<int32_t>(row_order);
@@ -89,7 +90,7 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
     params.lse = pointer<float>(lse);
     params.dropout = dropout_params(dropout_seed, dropout_p);
-    launch(params, query, rel_h.has_value(), device);
+    launch(params, query, device);
 }
 
 // Dense attention within windows of the image of `grid` {height, width}, which are cut from its first token on.
@@ -138,9 +139,10 @@ void forward_windows_sm90(const Tensor& query, const Tensor& key, const Tensor& 
         check_shape("rel_w", *rel_w, {batch, heads, tokens(image), window[1]});
         params.rel_h = encode_tokens("rel_h", *rel_h, image, kTileHeight, false);
         params.rel_w = encode_tokens("rel_w", *rel_w, image, kTileWidth, false);
+        params.relative_position = true;
     }
     params.mask_keys = true;  // the variants that have windows
-    launch(params, query, rel_h.has_value(), device);
+    launch(params, query, device);
 }
 
 }  // namespace

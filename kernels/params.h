@@ -63,7 +63,8 @@ struct ForwardParams {
     float scale;       // of the logits
     float scale_log2;  // scale * log2(e): the exponentials are powers of two
     float inverse_scale;
-    bool mask_keys;    // some key block has absent keys: ragged tiles, extra tokens, padding
+    bool mask_keys;          // some key block has absent keys: ragged tiles, extra tokens, padding
+    bool relative_position;  // rel_h and rel_w are there
     DropoutParams dropout;
 };
 
@@ -100,7 +101,8 @@ struct BackwardParams {
     float scale;       // of the logits
     float scale_log2;  // scale * log2(e): the exponentials are powers of two
     float inverse_scale;
-    bool mask_keys;    // some key block has absent keys: ragged tiles, extra tokens, padding
+    bool mask_keys;          // some key block has absent keys: ragged tiles, extra tokens, padding
+    bool relative_position;  // rel_h and rel_w are there
     DropoutParams dropout;
 };
 

@@ -69,13 +69,13 @@ __device__ __forceinline__ void existing_keys(uint32_t (&exists)[kWords], const 
 }
 
 // Fills `logits` with what Q K^T is accumulated onto.
-template <typename T, bool kRelativePosition, bool kMaskedKeys>
+template <typename T, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 __device__ __forceinline__ void initial_logits(float (&logits)[64], const ForwardParams& params, BlockCode key_block,
                                                int batch, const RelativePositionTile<T>* bias) {
     // Found out before the logits are touched, while the register file has room for it.
     uint32_t exists[4];
     bool masked = false;
-    const bool has_bias = kRelativePosition && part_of(key_block) == kImage;
+    const bool has_bias = kRelativePosition && part_of(key_block) == kImage && (!kDropout || params.relative_position);
     if constexpr (kMaskedKeys) {
         const BlockPlace place(params.key_grid, key_block);
         masked = params.key_padding != nullptr || (!has_bias && !place.is_full());

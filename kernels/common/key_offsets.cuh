@@ -8,7 +8,7 @@
 namespace sparse_attn {
 
 // For this thread's two queries and kKeys keys, all or half of a block.
-template <typename T, int kKeys, bool kRelativePosition, bool kMaskedKeys>
+template <typename T, int kKeys, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 class KeyOffsets {
   public:
     // `offset` is L of the queries; `first_slot` is where in their block the keys begin.
@@ -20,7 +20,7 @@ class KeyOffsets {
             if (is_masked_) existing_keys(exists_, params, place, blockIdx.z, first_slot);
         }
         if constexpr (kRelativePosition) {
-            const bool has_bias = part_of(key_block) == kImage;
+            const bool has_bias = part_of(key_block) == kImage && (!kDropout || params.relative_position);
             const int query = query_row_of_thread(), column = 2 * (threadIdx.x % 4);
 #pragma unroll
             for (int half = 0; half < 2; half++) {

@@ -67,10 +67,11 @@ class RelativePositionSums {
         workspace_ = reinterpret_cast<float4*>(params.rel_w_sums) + any_block * params.key_grid.tile_columns * kVectors;
     }
 
-    // The calls below are by all threads. `seen` has a bit for each of the first columns of tiles; only others must be set
-    // to zero before they are added to.
-    __device__ __forceinline__ void clear(const BackwardParams& params) {
-        rows_[threadIdx.x] = {0.0f, 0.0f, 0.0f, 0.0f};
+    // The calls below are by all threads.
+    __device__ __forceinline__ void clear_rows() { rows_[threadIdx.x] = {0.0f, 0.0f, 0.0f, 0.0f}; }
+
+    // `seen` has a bit for each of the first columns of tiles; only others must be set to zero before they are added to.
+    __device__ __forceinline__ void clear_columns(const BackwardParams& params) {
         for (int column = kSeenColumns; column < params.key_grid.tile_columns; column++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) *vector(column, i) = {0.0f, 0.0f, 0.0f, 0.0f};

@@ -23,6 +23,7 @@ namespace sparse_attn {
 template <typename T, int kHeadDim, bool kRelativePosition, bool kDropout>
 struct KeyBackward {
     static_assert(kHeadDim <= 128, "two 64-wide chunks per tile");
+    static_assert(kRelativePosition || !kDropout, "dropout is for the general variant");
     static constexpr int kThreads = 128;
     static constexpr int kWarps = kThreads / 32;
     static constexpr int kThreadBlocks = kHeadDim <= 64 && !kDropout ? 3 : 2;  // per multiprocessor
@@ -92,7 +93,8 @@ struct KeyBackward {
                 if (threadIdx.x % 32 == 0) storage.place[stage] = {block, half, list.head};
                 __syncwarp();
             }
-            const bool has_bias = kRelativePosition && part_of(place.block) == kImage;
+            const bool has_bias =
+                kRelativePosition && part_of(place.block) == kImage && (!kDropout || params.relative_position);
             barrier_arrive_expect(full, 2 * kTileBytes + sizeof(storage.statistics[0]) + (has_bias ? sizeof(Bias) : 0));
             const TileCoordinates at = half_block_at(params.query_grid, block, half, list.head, place.batch);
             load(storage.query[stage], params.query, block, at, full);
@@ -156,7 +158,7 @@ struct KeyBackward {
             barrier_init_fence();
         }
         if constexpr (kRelativePosition) {
-            if (part_of(place.block) != kImage) {
+            if (part_of(place.block) != kImage || (kDropout && !params.relative_position)) {
                 for (int stage = 0; stage < kStages; stage++) storage.bias[stage].clear();
             }
         }

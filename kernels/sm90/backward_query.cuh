@@ -24,7 +24,7 @@ namespace sparse_attn {
 template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 struct QueryBackward {
     static_assert(kHeadDim <= 128, "two 64-wide chunks per tile; wider heads do not fit in shared memory");
-    static_assert(kMaskedKeys || !kDropout, "dropout is for the general variant");
+    static_assert((kRelativePosition && kMaskedKeys) || !kDropout, "dropout is for the general variant");
     static constexpr int kThreads = 256;
     static constexpr int kWarps = kThreads / 32;
     static constexpr int kThreadBlocks = kHeadDim <= 64 ? 2 : 1;  // per multiprocessor
@@ -94,7 +94,8 @@ struct QueryBackward {
     static __device__ __forceinline__ void load_step(Storage& storage, const BackwardParams& params, int stage,
                                                      BlockCode key_block, int step) {
         uint64_t* full = &storage.full[stage];
-        const bool has_bias = kRelativePosition && step % kSteps == 0 && part_of(key_block) == kImage;
+        const bool has_bias = kRelativePosition && step % kSteps == 0 && part_of(key_block) == kImage &&
+                              (!kDropout || params.relative_position);
         barrier_arrive_expect(full, 2 * kKeyBytes + (has_bias ? kBiasBytes : 0));
         int head = blockIdx.y;
         if (params.heads_per_key_head != 1) head /= params.heads_per_key_head;
@@ -241,7 +242,8 @@ struct QueryBackward {
                 }
             }
             if constexpr (kRelativePosition) {
-                storage.sums.clear(params);
+                storage.sums.clear_rows();
+                if (!kDropout || params.relative_position) storage.sums.clear_columns(params);
                 storage.places.fill();
                 fence_async_proxy();
             }
@@ -291,7 +293,8 @@ struct QueryBackward {
             const RelativePositionTile<T>* bias = nullptr;
             if constexpr (kRelativePosition) bias = &storage.bias[step / kSteps % 2];
             const int first_slot = step % kSteps * kKeys;
-            const KeyOffsets<T, kKeys, kRelativePosition, kMaskedKeys> offsets(params, key_block, first_slot, bias, offset);
+            const KeyOffsets<T, kKeys, kRelativePosition, kMaskedKeys, kDropout> offsets(params, key_block, first_slot, bias,
+                                                                                         offset);
             wgmma_wait<1>(weights);
             offsets.exponentiate(weights, params.scale_log2, offset);
             wgmma_wait<0>(grads);
@@ -307,9 +310,9 @@ struct QueryBackward {
                 const float y = weights[2 * i + 1] * (grads[2 * i + 1] - delta[i % 2]);
                 a[i / 4][i % 4] = pack<T>(x, y);
             }
-            const bool is_on_grid = part_of(key_block) == kImage;
+            const bool has_bias = part_of(key_block) == kImage && (!kDropout || params.relative_position);
             if constexpr (kRelativePosition) {
-                if (is_on_grid) storage.sums.enter_row(params, key_block >> kCodeRowShift, tile_row);
+                if (has_bias) storage.sums.enter_row(params, key_block >> kCodeRowShift, tile_row);
             }
             float sums[12];
             if constexpr (kRelativePosition) storage.sums.begin(sums);
@@ -333,7 +336,7 @@ struct QueryBackward {
             gone_before = leave(storage, stage);
             if constexpr (kRelativePosition) {
                 pin_registers(sums);
-                if (is_on_grid) storage.sums.take(sums, key_block & (kMaxTileColumns - 1), seen_columns);
+                if (has_bias) storage.sums.take(sums, key_block & (kMaxTileColumns - 1), seen_columns);
             }
             if (++stage == kStages) {
                 stage = 0;
@@ -341,7 +344,9 @@ struct QueryBackward {
             }
         }
 
-        if constexpr (kRelativePosition) storage.sums.end(params, tile_row, seen_columns);
+        if constexpr (kRelativePosition) {
+            if (!kDropout || params.relative_position) storage.sums.end(params, tile_row, seen_columns);
+        }
         unsigned char* rows = storage.query + warpgroup * kHalfChunkBytes;
         const float factor[2] = {params.scale, params.scale};
         warpgroup_sync(warpgroup);

@@ -2,7 +2,7 @@
 
 namespace sparse_attn {
 
-template cudaError_t launch_forward<__nv_bfloat16, 128>(const ForwardParams&, bool, int, cudaStream_t);
-template cudaError_t launch_forward<__half, 128>(const ForwardParams&, bool, int, cudaStream_t);
+template cudaError_t launch_forward<__nv_bfloat16, 128>(const ForwardParams&, int, cudaStream_t);
+template cudaError_t launch_forward<__half, 128>(const ForwardParams&, int, cudaStream_t);
 
 }  // namespace sparse_attn

@@ -2,7 +2,7 @@
 
 namespace sparse_attn {
 
-template cudaError_t launch_forward<__nv_bfloat16, 32>(const ForwardParams&, bool, int, cudaStream_t);
-template cudaError_t launch_forward<__half, 32>(const ForwardParams&, bool, int, cudaStream_t);
+template cudaError_t launch_forward<__nv_bfloat16, 32>(const ForwardParams&, int, cudaStream_t);
+template cudaError_t launch_forward<__half, 32>(const ForwardParams&, int, cudaStream_t);
 
 }  // namespace sparse_attn

@@ -195,7 +195,7 @@ struct PairedForward {
             if constexpr (kRelativePosition || kMaskedKeys) {
                 const RelativePositionTile<T>* bias = nullptr;
                 if constexpr (kRelativePosition) bias = &storage.bias[stage];
-                initial_logits<T, kRelativePosition, kMaskedKeys>(logits, params, key_block, blockIdx.z, bias);
+                initial_logits<T, kRelativePosition, kMaskedKeys, false>(logits, params, key_block, blockIdx.z, bias);
             }
             issue_query_key(logits, query_tile, key_tile);
             // The last warp to leave a stage refills it, in the shade of this product.

@@ -19,6 +19,7 @@ namespace sparse_attn {
 template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 struct PersistentForward {
     static_assert(kHeadDim <= 128, "two 64-wide chunks per tile; wider heads do not fit in shared memory");
+    static_assert((kRelativePosition && kMaskedKeys) || !kDropout, "dropout is for the general variant");
     static constexpr int kConsumerWarps = 8;
     static constexpr int kThreads = 128 + 32 * kConsumerWarps;
     static constexpr int kStages = 2;
@@ -112,7 +113,7 @@ struct PersistentForward {
         const Origin origin = origin_of<kWindows>(params, work.entry);
         const int x = x_of(params.key_grid, key_block), y = y_of(params.key_grid, key_block);
         const TileCoordinates at{0, key_head, origin.x + x, origin.y + y, origin.batch};
-        const bool has_bias = kRelativePosition && part_of(key_block) == kImage;
+        const bool has_bias = kRelativePosition && part_of(key_block) == kImage && (!kDropout || params.relative_position);
         uint64_t* key_full = &storage.key_full[stage];
         barrier_wait(&storage.key_free[stage], ring.parity() ^ 1);
         if (threadIdx.x % 32 == 0) storage.key_block[stage] = key_block;
@@ -199,7 +200,7 @@ struct PersistentForward {
             const RelativePositionTile<T>* bias = nullptr;
             if constexpr (kRelativePosition) bias = &storage.bias[stage];
             key_block = from_lane_0(storage.key_block[stage]);
-            initial_logits<T, kRelativePosition, kMaskedKeys>(logits, params, key_block, batch, bias);
+            initial_logits<T, kRelativePosition, kMaskedKeys, kDropout>(logits, params, key_block, batch, bias);
         }
     }
 

@@ -10,15 +10,15 @@
 namespace sparse_attn {
 
 template <typename T, int kHeadDim>
-cudaError_t launch_forward(const ForwardParams& params, bool relative_position, int device, cudaStream_t stream);
+cudaError_t launch_forward(const ForwardParams& params, int device, cudaStream_t stream);
 
 // Statistics of the queries, their gradient and that of the relative position.
 template <typename T, int kHeadDim>
-cudaError_t launch_backward_query(const BackwardParams& params, bool relative_position, int device, cudaStream_t stream);
+cudaError_t launch_backward_query(const BackwardParams& params, int device, cudaStream_t stream);
 
 // Gradients of keys and values, from those statistics.
 template <typename T, int kHeadDim>
-cudaError_t launch_backward_key(const BackwardParams& params, bool relative_position, int device, cudaStream_t stream);
+cudaError_t launch_backward_key(const BackwardParams& params, int device, cudaStream_t stream);
 
 // All three gradients at once, of attention without relative position; not the same in every bit from run to run.
 template <typename T, int kHeadDim>

@@ -31,15 +31,15 @@ cudaError_t launch_query_variant(const BackwardParams& params, int device, cudaS
 
 template <typename T, int kHeadDim, bool kRelativePosition>
 cudaError_t launch_query(const BackwardParams& params, int device, cudaStream_t stream) {
-    if (params.dropout.seed) return launch_query_variant<T, kHeadDim, kRelativePosition, true, true>(params, device, stream);
     return params.mask_keys ? launch_query_variant<T, kHeadDim, kRelativePosition, true, false>(params, device, stream)
                             : launch_query_variant<T, kHeadDim, kRelativePosition, false, false>(params, device, stream);
 }
 
 template <typename T, int kHeadDim>
-cudaError_t launch_backward_query(const BackwardParams& params, bool relative_position, int device, cudaStream_t stream) {
-    return relative_position ? launch_query<T, kHeadDim, true>(params, device, stream)
-                             : launch_query<T, kHeadDim, false>(params, device, stream);
+cudaError_t launch_backward_query(const BackwardParams& params, int device, cudaStream_t stream) {
+    if (params.dropout.seed != nullptr) return launch_query_variant<T, kHeadDim, true, true, true>(params, device, stream);
+    return params.relative_position ? launch_query<T, kHeadDim, true>(params, device, stream)
+                                    : launch_query<T, kHeadDim, false>(params, device, stream);
 }
 
 template <typename T, int kHeadDim, bool kRelativePosition, bool kDropout>
@@ -50,16 +50,11 @@ cudaError_t launch_key_variant(const BackwardParams& params, int device, cudaStr
         backward_key<T, kHeadDim, kRelativePosition, kDropout>, blocks, params, device, stream, allowed);
 }
 
-template <typename T, int kHeadDim, bool kRelativePosition>
-cudaError_t launch_key(const BackwardParams& params, int device, cudaStream_t stream) {
-    return params.dropout.seed ? launch_key_variant<T, kHeadDim, kRelativePosition, true>(params, device, stream)
-                               : launch_key_variant<T, kHeadDim, kRelativePosition, false>(params, device, stream);
-}
-
 template <typename T, int kHeadDim>
-cudaError_t launch_backward_key(const BackwardParams& params, bool relative_position, int device, cudaStream_t stream) {
-    return relative_position ? launch_key<T, kHeadDim, true>(params, device, stream)
-                             : launch_key<T, kHeadDim, false>(params, device, stream);
+cudaError_t launch_backward_key(const BackwardParams& params, int device, cudaStream_t stream) {
+    if (params.dropout.seed != nullptr) return launch_key_variant<T, kHeadDim, true, true>(params, device, stream);
+    return params.relative_position ? launch_key_variant<T, kHeadDim, true, false>(params, device, stream)
+                                    : launch_key_variant<T, kHeadDim, false, false>(params, device, stream);
 }
 
 template <typename T, int kHeadDim>

@@ -45,17 +45,14 @@ cudaError_t launch_variant(const ForwardParams& params, int device, cudaStream_t
 }
 
 template <typename T, int kHeadDim>
-cudaError_t launch_forward(const ForwardParams& params, bool relative_position, int device, cudaStream_t stream) {
-    if (params.dropout.seed != nullptr) {
-        return relative_position ? launch_persistent<T, kHeadDim, true, true, true>(params, device, stream)
-                                 : launch_persistent<T, kHeadDim, false, true, true>(params, device, stream);
-    }
-    if (relative_position) {
+cudaError_t launch_forward(const ForwardParams& params, int device, cudaStream_t stream) {
+    if (params.dropout.seed != nullptr) return launch_persistent<T, kHeadDim, true, true, true>(params, device, stream);
+    if (params.relative_position) {
         return params.mask_keys ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
-                                            : launch_variant<T, kHeadDim, true, false>(params, device, stream);
+                                : launch_variant<T, kHeadDim, true, false>(params, device, stream);
     }
     return params.mask_keys ? launch_variant<T, kHeadDim, false, true>(params, device, stream)
-                                        : launch_variant<T, kHeadDim, false, false>(params, device, stream);
+                            : launch_variant<T, kHeadDim, false, false>(params, device, stream);
 }
 
 }  // namespace sparse_attn
