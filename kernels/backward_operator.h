@@ -13,22 +13,14 @@ struct BackwardLaunches {
     cudaError_t (*fused)(const BackwardParams&, int, cudaStream_t);
 };
 
-// The head_dim that kernels are compiled for and that this one runs as.
-inline int64_t native_head_dim(int64_t head_dim) {
-    for (const int64_t native : {32, 64, 80, 96}) {
-        if (head_dim <= native) return native;
-    }
-    return 128;
-}
-
 template <typename T, int kHeadDim>
 BackwardLaunches backward_of() {
     return {launch_backward_query<T, kHeadDim>, launch_backward_key<T, kHeadDim>, launch_backward_fused<T, kHeadDim>};
 }
 
 template <typename T>
-BackwardLaunches backward_for(int64_t head_dim) {
-    switch (native_head_dim(head_dim)) {
+BackwardLaunches backward_for(int64_t native_head_dim) {
+    switch (native_head_dim) {
         case 32: return backward_of<T, 32>();
         case 64: return backward_of<T, 64>();
         case 80: return backward_of<T, 80>();
@@ -135,10 +127,11 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     params.dropout = dropout_params(dropout_seed, dropout_p);
 
     if (grad_query_sums.has_value()) {
-        STD_TORCH_CHECK(!rel_h.has_value() && blocks_taken.has_value(),
-                        "block_sparse_attention: grad_query_sums must come with blocks_taken and no relative position");
+        STD_TORCH_CHECK(!rel_h.has_value() && !dropout_seed.has_value() && blocks_taken.has_value(),
+                        "block_sparse_attention: grad_query_sums must come with blocks_taken, and with neither a relative "
+                        "position nor dropout");
         check_shape("grad_query_sums", *grad_query_sums,
-                    {batch, heads, query_blocks, kBlockTokens, native_head_dim(head_dim)});
+                    {batch, heads, query_blocks, kBlockTokens, native_head_dim(head_dim, false)});
         check_shape("blocks_taken", *blocks_taken, {1});
         check_contiguous("grad_query_sums", grad_query_sums);
         params.grad_query_sums = pointer<float>(grad_query_sums);
@@ -148,7 +141,8 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     const int32_t device = query.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     const bool is_bfloat16 = query.scalar_type() == torch::headeronly::ScalarType::BFloat16;
-    const BackwardLaunches launches = is_bfloat16 ? backward_for<__nv_bfloat16>(head_dim) : backward_for<__half>(head_dim);
+    const int64_t native = native_head_dim(head_dim, params.dropout.seed != nullptr);
+    const BackwardLaunches launches = is_bfloat16 ? backward_for<__nv_bfloat16>(native) : backward_for<__half>(native);
     const cudaStream_t stream = current_stream(device);
     if (grad_query_sums.has_value()) {
         check_launch(launches.fused(params, device, stream));

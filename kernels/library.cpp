@@ -16,17 +16,20 @@ using torch::headeronly::ScalarType;
 using Launch = cudaError_t (*)(const ForwardParams&, int, cudaStream_t);
 
 template <typename T>
-Launch forward_for(int64_t head_dim) {
-    if (head_dim <= 32) return launch_forward<T, 32>;
-    if (head_dim <= 64) return launch_forward<T, 64>;
-    if (head_dim <= 80) return launch_forward<T, 80>;
-    if (head_dim <= 96) return launch_forward<T, 96>;
-    return launch_forward<T, 128>;
+Launch forward_for(int64_t native_head_dim) {
+    switch (native_head_dim) {
+        case 32: return launch_forward<T, 32>;
+        case 64: return launch_forward<T, 64>;
+        case 80: return launch_forward<T, 80>;
+        case 96: return launch_forward<T, 96>;
+        default: return launch_forward<T, 128>;
+    }
 }
 
 void launch(const ForwardParams& params, const Tensor& query, int32_t device) {
-    const Launch launch = query.scalar_type() == ScalarType::BFloat16 ? forward_for<__nv_bfloat16>(query.size(3))
-                                                                      : forward_for<__half>(query.size(3));
+    const int64_t head_dim = native_head_dim(query.size(3), params.dropout.seed != nullptr);
+    const bool is_bfloat16 = query.scalar_type() == ScalarType::BFloat16;
+    const Launch launch = is_bfloat16 ? forward_for<__nv_bfloat16>(head_dim) : forward_for<__half>(head_dim);
     check_launch(launch(params, device, current_stream(device)));
 }
 

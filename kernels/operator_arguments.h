@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "params.h"
+#include "sm90/launch.h"
 
 namespace sparse_attn {
 
@@ -113,6 +114,14 @@ inline DropoutParams dropout_params(const std::optional<Tensor>& seed, double dr
     params.threshold = uint32_t(std::nearbyint(dropout_p * kResolution));
     params.inverse_keep = params.threshold < kResolution ? float(double(kResolution) / (kResolution - params.threshold)) : 0;
     return params;
+}
+
+// The head_dim that kernels are compiled for and that this one runs as.
+inline int64_t native_head_dim(int64_t head_dim, bool has_dropout) {
+    for (const int64_t native : {32, 64, 80, 96}) {
+        if (head_dim <= native && (!has_dropout || compiled_with_dropout(int(native)))) return native;
+    }
+    return 128;
 }
 
 inline cudaStream_t current_stream(int32_t device) {

@@ -46,7 +46,9 @@ cudaError_t launch_variant(const ForwardParams& params, int device, cudaStream_t
 
 template <typename T, int kHeadDim>
 cudaError_t launch_forward(const ForwardParams& params, int device, cudaStream_t stream) {
-    if (params.dropout.seed != nullptr) return launch_persistent<T, kHeadDim, true, true, true>(params, device, stream);
+    if constexpr (compiled_with_dropout(kHeadDim)) {
+        if (params.dropout.seed != nullptr) return launch_persistent<T, kHeadDim, true, true, true>(params, device, stream);
+    }
     if (params.relative_position) {
         return params.mask_keys ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
                                 : launch_variant<T, kHeadDim, true, false>(params, device, stream);
