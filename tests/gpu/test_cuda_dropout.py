@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_attn_modules import LocalWindow, TokenGrid, block_sparse_attention
+from sparse_attn_modules import BlockMask, LocalWindow, TokenGrid, block_sparse_attention
 from sparse_attn_modules.backends import cuda
 from sparse_attn_modules.backends.dropout import dropout_factors, row_hashes
 
@@ -47,26 +47,46 @@ def _attend_in_full(case, dropout_p: float, seed: int) -> Tensor:
     return torch.where(has_keys, (logits.softmax(-1) * factors) @ value, 0.0)
 
 
+def _check_both_passes(case, dropout_p: float, seed: int) -> None:
+    weights = torch.randn_like(case.query)
+    results = []
+    for attend, dtype in (
+        (_attend, case.query.dtype),
+        (_attend_in_full, case.query.dtype),
+        (_attend_in_full, torch.float64),
+    ):
+        leaves = case.to(dtype, requires_grad=True)
+        out = attend(leaves, dropout_p, seed)
+        results.append([out, *torch.autograd.grad(out, leaves.differentiable, weights.to(dtype))])
+    for name, ours, low, expected in zip(("out", "query", "key", "value", "rel_h", "rel_w"), *results):
+        tolerance = 3 * (low.double() - expected).abs().max() + 1e-5
+        error = (ours.double() - expected).abs().max()
+        assert error <= tolerance, f"seed {seed}, {name}: {error} > {tolerance}"
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("first", range(0, 100, 10))
 def test_matches_autograd_with_the_same_mask(first: int, drawn_cuda_case) -> None:
     for seed in range(first, first + 10):
-        case = drawn_cuda_case(seed)
-        dropout_p = (0.1, 0.5, 0.9)[seed % 3]
-        weights = torch.randn_like(case.query)
-        results = []
-        for attend, dtype in (
-            (_attend, case.query.dtype),
-            (_attend_in_full, case.query.dtype),
-            (_attend_in_full, torch.float64),
-        ):
-            leaves = case.to(dtype, requires_grad=True)
-            out = attend(leaves, dropout_p, seed)
-            results.append([out, *torch.autograd.grad(out, leaves.differentiable, weights.to(dtype))])
-        for name, ours, low, expected in zip(("out", "query", "key", "value", "rel_h", "rel_w"), *results):
-            tolerance = 3 * (low.double() - expected).abs().max() + 1e-5
-            error = (ours.double() - expected).abs().max()
-            assert error <= tolerance, f"seed {seed}, {name}: {error} > {tolerance}"
+        _check_both_passes(drawn_cuda_case(seed), (0.1, 0.5, 0.9)[seed % 3], seed)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("has_relative_position", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 80, 96, 128])
+def test_every_variant(head_dim: int, dtype: torch.dtype, has_relative_position: bool, cuda_case) -> None:
+    """Over more columns of tiles than the kernels know by a bit each, and with extra tokens on both sides."""
+    torch.manual_seed(0)
+    grid = TokenGrid(9, 530, prefix=5, suffix=130)
+    mask = BlockMask(torch.rand(1, 2, grid.num_blocks, grid.num_blocks, device="cuda") < 0.5, grid)
+
+    def draw(heads: int, width: int) -> Tensor:
+        return torch.randn(1, heads, grid.num_tokens, width, device="cuda", dtype=dtype)
+
+    relative = (draw(2, grid.height), draw(2, grid.width)) if has_relative_position else None
+    case = cuda_case(draw(2, head_dim), draw(1, head_dim), draw(1, head_dim), mask, relative_position=relative)
+    _check_both_passes(case, 0.3, 0)
 
 
 def _linear_case(head_dim: int) -> tuple[Tensor, Tensor, Tensor, object]:
