@@ -69,8 +69,8 @@ cudaError_t launch_backward_fused(const BackwardParams& params, int device, cuda
                                                                       device, stream, allowed_before);
     if (error != cudaSuccess) return error;
     using Fused = FusedBackward<T, kHeadDim>;
-    const int blocks = int(std::min<int64_t>(Fused::work_count(params), multiprocessors(device)));
-    error = launch_backward<Fused>(backward_fused<T, kHeadDim>, blocks, params, device, stream, allowed);
+    error = launch_backward<Fused>(backward_fused<T, kHeadDim>, one_each(Fused::work_count(params), device), params, device,
+                                   stream, allowed);
     if (error != cudaSuccess) return error;
     return launch_backward<FinishQueryGradient<T, kHeadDim>>(finish_query_gradient<T, kHeadDim>, half_blocks, params, device,
                                                              stream, allowed_after);

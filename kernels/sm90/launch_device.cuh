@@ -28,4 +28,10 @@ inline int multiprocessors(int device) {
     return count;
 }
 
+// One thread block per multiprocessor, unless there is less work.
+inline dim3 one_each(int64_t work, int device) {
+    const int64_t most = multiprocessors(device);
+    return dim3(unsigned(work < most ? work : most));
+}
+
 }  // namespace sparse_attn

@@ -1,8 +1,6 @@
 // Chooses the kernel's structure and variant, and launches it.
 #pragma once
 
-#include <algorithm>
-
 #include "forward_paired.cuh"
 #include "forward_persistent.cuh"
 #include "launch.h"
@@ -21,9 +19,6 @@ cudaError_t launch_kernel(void (*kernel)(ForwardParams), const dim3& blocks, con
     kernel<<<blocks, Kernel::kThreads, bytes, stream>>>(params);
     return cudaGetLastError();
 }
-
-// One thread block per multiprocessor, unless there is less work.
-inline dim3 one_each(int64_t work, int device) { return dim3(unsigned(std::min<int64_t>(work, multiprocessors(device)))); }
 
 template <typename T, int kHeadDim, bool kRelativePosition, bool kMaskedKeys, bool kDropout>
 cudaError_t launch_persistent(const ForwardParams& params, int device, cudaStream_t stream) {
