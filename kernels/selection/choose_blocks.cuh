@@ -4,6 +4,7 @@
 // every block with every other to know what comes before it, and writes the row's list.
 #pragma once
 
+#include "../common/overlapping_launch.cuh"
 #include "part.cuh"
 
 namespace sparse_attn {
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kChooseThreads) choose_blocks(const __grid_con
     const float* queries = params.queries + (place * rows + first_block) * kParts * params.features;
     const float* keys = params.keys + key_place * columns * kParts * params.features;
     const int parts = min(kChooseBlocks, rows - first_block) * kParts, words = params.features / 4;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    await_kernel_before();
     for (int row = warp; row < kChooseRows; row += kChooseThreads / 32) {
         for (int word = threadIdx.x % 32; word < words; word += 32) {
             float4 loaded = make_float4(0, 0, 0, 0);

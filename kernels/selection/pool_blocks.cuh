@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "../common/overlapping_launch.cuh"
 #include "part.cuh"
 
 namespace sparse_attn {
@@ -33,7 +34,7 @@ __device__ __forceinline__ void add_to(float (&sums)[8], float& squares, const u
 
 template <typename T>
 __global__ void __launch_bounds__(kPoolThreads) pool_blocks(const __grid_constant__ PoolParams params) {
-    asm volatile("griddepcontrol.launch_dependents;");
+    let_next_kernel_begin();
     const int lane = threadIdx.x % 32, lanes = params.head_dim / 8, teams = 32 / lanes;
     const int chunk = lane % lanes, team = lane / lanes;
     unsigned index = (blockIdx.x * (kPoolThreads / 32) + threadIdx.x / 32) * teams + team;

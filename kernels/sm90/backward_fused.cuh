@@ -13,6 +13,7 @@
 // between blocks of keys, so that little is lost where few queries attend to a block.
 #pragma once
 
+#include "../common/overlapping_launch.cuh"
 #include "../common/query_list.cuh"
 #include "../common/ring.cuh"
 #include "../common/tma.cuh"
@@ -396,6 +397,8 @@ struct FusedBackward {
             barrier_init_fence();
         }
         __syncthreads();
+        let_next_kernel_begin();
+        await_kernel_before();
         if (threadIdx.x >= 32 * kConsumerWarps) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
             if (threadIdx.x < 32 * (kConsumerWarps + 1)) produce(params, storage);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/half_block.cuh"
+#include "../common/overlapping_launch.cuh"
 #include "../common/query_sums.cuh"
 #include "../common/statistics.cuh"
 #include "../common/tma.cuh"
@@ -33,6 +34,7 @@ struct PrepareBackward {
     }
 
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
+        let_next_kernel_begin();
         const GridParams& grid = params.query_grid;
         const int half = blockIdx.x % 2, head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
         const BlockCode block = warp_uniform(code_of_block(grid, blockIdx.x / 2));
@@ -120,6 +122,7 @@ struct FinishQueryGradient {
         const int any_half_block = (batch * params.query_heads + head) * gridDim.x + blockIdx.x;
         const float4* const sums = query_sums_of_thread<kHeadDim>(params.grad_query_sums, any_half_block);
         float values[kHeadDim / 2];
+        await_kernel_before();
 #pragma unroll
         for (int i = 0; i < kHeadDim / 8; i++) {
             const float4 four = __ldcs(&sums[i * 128]);

@@ -12,6 +12,7 @@
 
 #include "../common/dropout.cuh"
 #include "../common/half_block.cuh"
+#include "../common/overlapping_launch.cuh"
 #include "../common/query_list.cuh"
 #include "../common/softmax.cuh"
 #include "../common/statistics.cuh"
@@ -165,6 +166,7 @@ struct KeyBackward {
         __syncthreads();
         Loader loader;
         if (warp == 1 && total > 0) load_keys(storage, params, place);
+        await_kernel_before();  // which writes the statistics
         if (warp == 0 && total > 0) {
             loader.half = 1;
             loader.list.open(params, key_block, place.head, place.batch);

@@ -14,6 +14,7 @@
 #include "../common/half_block.cuh"
 #include "../common/key_list.cuh"
 #include "../common/key_offsets.cuh"
+#include "../common/overlapping_launch.cuh"
 #include "../common/relative_position_sums.cuh"
 #include "../common/statistics.cuh"
 #include "../common/wgmma_backward.cuh"
@@ -210,6 +211,7 @@ struct QueryBackward {
     }
 
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
+        let_next_kernel_begin();
         const int warp = warp_uniform(threadIdx.x / 32), warpgroup = warp_uniform(threadIdx.x / 128);
         KeyList keys;
         float offset[2], delta[2];

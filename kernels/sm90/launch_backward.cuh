@@ -10,13 +10,16 @@
 
 namespace sparse_attn {
 
+enum class Start { kAfterOthers, kOverlapping };  // of a kernel, with regard to the one before it in the stream
+
 template <typename Kernel>
 cudaError_t launch_backward(void (*kernel)(BackwardParams), dim3 blocks, const BackwardParams& params, int device,
-                            cudaStream_t stream, std::atomic<uint64_t>& allowed) {
+                            cudaStream_t stream, std::atomic<uint64_t>& allowed, Start start) {
     if (device >= kMaxDevices) return cudaErrorInvalidDevice;
     constexpr size_t kBytes = sizeof(typename Kernel::Storage);
     const cudaError_t error = allow_shared_memory(kernel, kBytes, device, allowed);
     if (error != cudaSuccess) return error;
+    if (start == Start::kOverlapping) return launch_overlapping(kernel, blocks, Kernel::kThreads, kBytes, params, stream);
     kernel<<<blocks, Kernel::kThreads, kBytes, stream>>>(params);
     return cudaGetLastError();
 }
@@ -26,7 +29,8 @@ cudaError_t launch_query_variant(const BackwardParams& params, int device, cudaS
     static std::atomic<uint64_t> allowed{0};
     const dim3 blocks(params.query_grid.num_blocks, params.query_heads, params.batch);
     return launch_backward<QueryBackward<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>>(
-        backward_query<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>, blocks, params, device, stream, allowed);
+        backward_query<T, kHeadDim, kRelativePosition, kMaskedKeys, kDropout>, blocks, params, device, stream, allowed,
+        Start::kAfterOthers);
 }
 
 template <typename T, int kHeadDim, bool kRelativePosition>
@@ -49,7 +53,7 @@ cudaError_t launch_key_variant(const BackwardParams& params, int device, cudaStr
     static std::atomic<uint64_t> allowed{0};
     const dim3 blocks(2 * params.key_grid.num_blocks, params.query_heads / params.heads_per_key_head, params.batch);
     return launch_backward<KeyBackward<T, kHeadDim, kRelativePosition, kDropout>>(
-        backward_key<T, kHeadDim, kRelativePosition, kDropout>, blocks, params, device, stream, allowed);
+        backward_key<T, kHeadDim, kRelativePosition, kDropout>, blocks, params, device, stream, allowed, Start::kOverlapping);
 }
 
 template <typename T, int kHeadDim>
@@ -66,14 +70,15 @@ cudaError_t launch_backward_fused(const BackwardParams& params, int device, cuda
     static std::atomic<uint64_t> allowed_before{0}, allowed{0}, allowed_after{0};
     const dim3 half_blocks(2 * params.query_grid.num_blocks, params.query_heads, params.batch);
     cudaError_t error = launch_backward<PrepareBackward<T, kHeadDim>>(prepare_backward<T, kHeadDim>, half_blocks, params,
-                                                                      device, stream, allowed_before);
+                                                                      device, stream, allowed_before,
+                                                                      Start::kAfterOthers);
     if (error != cudaSuccess) return error;
     using Fused = FusedBackward<T, kHeadDim>;
     error = launch_backward<Fused>(backward_fused<T, kHeadDim>, one_each(Fused::work_count(params), device), params, device,
-                                   stream, allowed);
+                                   stream, allowed, Start::kOverlapping);
     if (error != cudaSuccess) return error;
     return launch_backward<FinishQueryGradient<T, kHeadDim>>(finish_query_gradient<T, kHeadDim>, half_blocks, params, device,
-                                                             stream, allowed_after);
+                                                             stream, allowed_after, Start::kOverlapping);
 }
 
 }  // namespace sparse_attn

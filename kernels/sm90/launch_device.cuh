@@ -19,6 +19,24 @@ cudaError_t allow_shared_memory(Kernel kernel, size_t bytes, int device, std::at
     return error;
 }
 
+// Launches a kernel that may begin before the last thread blocks of the one before it in the stream have ended, and waits
+// for them by itself: see common/overlapping_launch.cuh.
+template <typename Params>
+cudaError_t launch_overlapping(void (*kernel)(Params), const dim3& blocks, int threads, size_t shared_bytes,
+                               const Params& params, cudaStream_t stream) {
+    cudaLaunchAttribute overlapping{};
+    overlapping.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlapping.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &overlapping;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, params);
+}
+
 inline int multiprocessors(int device) {
     static std::atomic<int> counts[kMaxDevices];
     int count = counts[device].load(std::memory_order_relaxed);

@@ -23,18 +23,7 @@ cudaError_t launch_choose(const ChooseParams& params, const dim3& blocks, int de
     if (device >= kMaxDevices) return cudaErrorInvalidDevice;
     const cudaError_t error = allow_shared_memory(choose_blocks<kColumns>, kMostShared, device, allowed);
     if (error != cudaSuccess) return error;
-    // It may begin while the features are still being made, and waits for them where it needs them.
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = blocks;
-    config.blockDim = kChooseThreads;
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, choose_blocks<kColumns>, params);
+    return launch_overlapping(choose_blocks<kColumns>, blocks, kChooseThreads, bytes, params, stream);
 }
 
 using Launch = cudaError_t (*)(const ChooseParams&, const dim3&, int, cudaStream_t);
