@@ -43,6 +43,8 @@ template <typename T, int kHeadDim>
 cudaError_t launch_backward_query(const BackwardParams& params, int device, cudaStream_t stream) {
     if constexpr (compiled_with_dropout(kHeadDim)) {
         if (params.dropout.seed != nullptr) return launch_query_variant<T, kHeadDim, true, true, true>(params, device, stream);
+    } else if (params.dropout.seed != nullptr) {
+        return cudaErrorInvalidValue;
     }
     return params.relative_position ? launch_query<T, kHeadDim, true>(params, device, stream)
                                     : launch_query<T, kHeadDim, false>(params, device, stream);
@@ -60,6 +62,8 @@ template <typename T, int kHeadDim>
 cudaError_t launch_backward_key(const BackwardParams& params, int device, cudaStream_t stream) {
     if constexpr (compiled_with_dropout(kHeadDim)) {
         if (params.dropout.seed != nullptr) return launch_key_variant<T, kHeadDim, true, true>(params, device, stream);
+    } else if (params.dropout.seed != nullptr) {
+        return cudaErrorInvalidValue;
     }
     return params.relative_position ? launch_key_variant<T, kHeadDim, true, false>(params, device, stream)
                                     : launch_key_variant<T, kHeadDim, false, false>(params, device, stream);

@@ -43,6 +43,8 @@ template <typename T, int kHeadDim>
 cudaError_t launch_forward(const ForwardParams& params, int device, cudaStream_t stream) {
     if constexpr (compiled_with_dropout(kHeadDim)) {
         if (params.dropout.seed != nullptr) return launch_persistent<T, kHeadDim, true, true, true>(params, device, stream);
+    } else if (params.dropout.seed != nullptr) {
+        return cudaErrorInvalidValue;
     }
     if (params.relative_position) {
         return params.mask_keys ? launch_variant<T, kHeadDim, true, true>(params, device, stream)
