@@ -20,9 +20,9 @@
 
 namespace sparse_attn {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kRelativePosition>
 struct FusedBackward {
-    using Step = FusedStep<T, kHeadDim>;
+    using Step = FusedStep<T, kHeadDim, kRelativePosition>;
     using Storage = typename Step::Storage;
     static constexpr int kThreads = Step::kThreads, kConsumerWarps = Step::kConsumerWarps;
     static constexpr bool kIsWide = Step::kIsWide;
@@ -30,6 +30,7 @@ struct FusedBackward {
     static constexpr int kQueryStages = Step::kQueryStages, kStages = Step::kStages;
     static constexpr int kHalfBytes = Step::kHalfBytes, kKeyBytes = Step::kKeyBytes, kQueryBytes = Step::kQueryBytes;
     static constexpr int kQueryChunkBytes = Step::kQueryChunkBytes;
+    static constexpr int kBiasBytes = kRelativePosition ? sizeof(typename Step::Bias) : 0;
 
     // Heads follow each other, so that their queries stay in the cache.
     struct Work {
@@ -104,6 +105,7 @@ struct FusedBackward {
                     if (lane == 0) {
                         storage.work[keys.place] = index;
                         storage.steps[keys.place] = attending;
+                        if constexpr (kRelativePosition) storage.key_block[keys.place] = key_block;
                     }
                     __syncwarp();
                     barrier_arrive_expect(full, kKeyBytes);
@@ -119,9 +121,13 @@ struct FusedBackward {
 
                 full = &storage.grad_out_full[grad_outs.place];
                 barrier_wait(&storage.grad_out_free[grad_outs.place], grad_outs.parity ^ 1);
-                barrier_arrive_expect(full, kQueryBytes);
+                barrier_arrive_expect(full, kQueryBytes + kBiasBytes);
                 load<kQueries>(storage.grad_out[grad_outs.place], params.grad_out, params.query_grid, block, half, list.head,
                                work.batch, full, nowhere);
+                if constexpr (kRelativePosition) {
+                    storage.bias[grad_outs.place].load(params, block, half, any_head * 2 * params.query_grid.num_blocks + half_block,
+                                                       list.head, work.batch, nowhere, key_block, full);
+                }
                 grad_outs.advance();
             }
         }
@@ -159,6 +165,11 @@ struct FusedBackward {
         return warp_uniform(threadIdx.x % 32 == 0 ? value : 0);
     }
 
+    static __device__ __forceinline__ BlockCode key_block_of(const Storage& storage, int slot) {
+        if constexpr (kRelativePosition) return from_lane_0(storage.key_block[slot]);
+        return 0;
+    }
+
     // At least one; where nobody attends to the keys, they do not exist in it.
     static __device__ __forceinline__ int steps_of(const Storage& storage, int slot, uint32_t (&exists)[2]) {
         const int attending = from_lane_0(storage.steps[slot]);
@@ -194,10 +205,10 @@ struct FusedBackward {
             wgmma_fence();
             Step::issue_scores(scores, own_keys(0), tile_along_rows(storage.query[0]));
             Step::issue_scores(grads, own_values, tile_along_rows(storage.grad_out[0]));
-            float2 offsets[Step::kEarlyOffsets];
-            Step::read_offsets(offsets, storage.statistics[0]);
+            typename Step::EarlyOffsets offsets;
+            Step::read_offsets(offsets, storage, 0, 0);
             wgmma_wait<1>(scores);
-            Step::exponentiate(weights, scores, offsets, storage.statistics[0], params.scale_log2, exists);
+            Step::exponentiate(weights, scores, offsets, storage, 0, 0, params.scale_log2, exists);
             wgmma_wait<0>(grads);
             __syncwarp();
             if (lane == 0 && left == 1) barrier_arrive(&storage.value_free);
@@ -241,6 +252,7 @@ struct FusedBackward {
             fence_async_proxy();
             wgmma_wait<kIsWide ? 1 : 0>(grad_value);
             pin_registers(grad_query);
+            const BlockCode key_block_before = key_block_of(storage, key_slot_before);
             __syncwarp();
             if (lane == 0) {
                 barrier_arrive(&storage.grads_full[steps.place]);
@@ -248,7 +260,7 @@ struct FusedBackward {
                 if (follows_border) barrier_arrive(&storage.key_free[key_slot_before]);
             }
             const int half_block = from_lane_0(storage.half_block[queries.place]);
-            if (!is_first) Step::template add_grad_query<kWarpgroup>(params, half_block_before, grad_query);
+            if (!is_first) Step::template add_grad_query<kWarpgroup>(params, half_block_before, key_block_before, grad_query);
             half_block_before = half_block;
             key_slot_before = keys.place;
             is_first = false;
@@ -292,11 +304,11 @@ struct FusedBackward {
             wgmma_wait<1>(grad_key);
             wgmma_fence();
             Step::issue_scores(grads, own_values, tile_along_rows(storage.grad_out[next_step.place]));
-            float2 offsets[Step::kEarlyOffsets];
-            Step::read_offsets(offsets, storage.statistics[next_queries.place]);
+            typename Step::EarlyOffsets offsets;
+            Step::read_offsets(offsets, storage, next_queries.place, next_step.place);
             wgmma_wait<1>(scores);
             pin_registers(grad_key);
-            Step::exponentiate(weights, scores, offsets, storage.statistics[next_queries.place], params.scale_log2, exists);
+            Step::exponentiate(weights, scores, offsets, storage, next_queries.place, next_step.place, params.scale_log2, exists);
             // Long done; but the compiler, which would wait for dK before the exponentials, does not look past it.
             pin_operands(weights);
             barrier_wait(&storage.query_full[next_queries.place], next_queries.parity);
@@ -323,7 +335,7 @@ struct FusedBackward {
         wgmma_fence();
         Step::template issue_grad_query<kWarpgroup>(grad_query, storage, steps.place, keys.place);
         wgmma_wait<0>(grad_query);
-        Step::template add_grad_query<kWarpgroup>(params, half_block_before, grad_query);
+        Step::template add_grad_query<kWarpgroup>(params, half_block_before, key_block_of(storage, keys.place), grad_query);
         if (leader) tma_store_wait_read();
     }
 
@@ -379,6 +391,10 @@ struct FusedBackward {
     }
 
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
+        if constexpr (kRelativePosition) {
+            storage.places.fill();
+            fence_async_proxy();
+        }
         if (threadIdx.x == 0) {
             barrier_init(&storage.value_full, 1);
             barrier_init(&storage.value_free, kConsumerWarps);
@@ -410,9 +426,9 @@ struct FusedBackward {
     }
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kRelativePosition>
 __global__ void __launch_bounds__(384, 1) backward_fused(const __grid_constant__ BackwardParams params) {
-    using Kernel = FusedBackward<T, kHeadDim>;
+    using Kernel = FusedBackward<T, kHeadDim, kRelativePosition>;
     extern __shared__ __align__(1024) unsigned char shared[];
     Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared));
 }
