@@ -73,7 +73,8 @@ struct StepBias {
             for (int i = 0; i < kHalves; i++) {
                 TileCoordinates at = half_block_at(params.query_grid, query_block, half + i, head, batch);
                 at.x += shift;
-                at.column = has_bias ? x_of(keys, key_block) : keys.width;
+                // A box must start at a multiple of 16 bytes, wherever it lies.
+                at.column = (has_bias ? key_block & (kMaxTileColumns - 1) : keys.tile_columns) * kBiasTileWidth;
                 tma_load(rel_w + i * kHalfBlockTokens * kBiasTileWidth, map, at, full);
             }
         });

@@ -107,18 +107,59 @@ struct FinishRelativePosition {
     static __device__ __forceinline__ void write(T* gradient, const int64_t (&tokens)[2], const float4* sums, int groups,
                                                  int length) {
         constexpr int kTogether = 8;  // groups that are read before any is written
+        const int lane = threadIdx.x % 4;
         for (int first = 0; first < groups; first += kTogether) {
             float4 values[kTogether];
 #pragma unroll
             for (int i = 0; i < kTogether; i++) {
                 if (first + i < groups) values[i] = __ldcs(&sums[(first + i) * kThreads]);
             }
+            if (length % 8 == 0) {
+                // Of four groups, each lane of four gets one whole, which is 16 bytes.
+#pragma unroll
+                for (int i = 0; i < kTogether; i += 4) {
+                    if (first + i >= groups) break;
+                    const int column = 8 * (first + i + lane);
+#pragma unroll
+                    for (int query = 0; query < 2; query++) {
+                        uint32_t pairs[4];
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            const float4& four = values[i + j];
+                            pairs[j] = query == 0 ? pack<T>(four.x, four.y) : pack<T>(four.z, four.w);
+                        }
+                        transpose_among_four(pairs, lane);
+                        if (tokens[query] < 0 || column >= length) continue;
+                        *reinterpret_cast<uint4*>(gradient + tokens[query] * length + column) =
+                            make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+                    }
+                }
+                continue;
+            }
 #pragma unroll
             for (int i = 0; i < kTogether; i++) {
-                const int column = 8 * (first + i) + threadIdx.x % 4 * 2;
+                const int column = 8 * (first + i) + 2 * lane;
                 if (first + i >= groups || column >= length) continue;
                 write_pair(gradient, tokens[0], column, length, values[i].x, values[i].y);
                 write_pair(gradient, tokens[1], column, length, values[i].z, values[i].w);
+            }
+        }
+    }
+
+    // Element j of lane i becomes element i of lane j.
+    static __device__ __forceinline__ void transpose_among_four(uint32_t (&x)[4], int lane) {
+#pragma unroll
+        for (int bit = 1; bit <= 2; bit *= 2) {
+            const bool is_upper = lane & bit;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (i & bit) continue;
+                const uint32_t got = __shfl_xor_sync(0xffffffff, is_upper ? x[i] : x[i | bit], bit);
+                if (is_upper) {
+                    x[i] = got;
+                } else {
+                    x[i | bit] = got;
+                }
             }
         }
     }
