@@ -1,9 +1,10 @@
 // The relative position in the fused backward kernel: its bias, and the sums of dS over rows and columns of the key grid.
 //
-// Bias. The 16 keys of a warp are one row of their 8 x 16 tile, so that rel_h is part of the offset L of its exponents. A
-// kernel before it writes rel_h log2(e) - L for each query and row of keys, row after row, as threads read it; rel_w arrives
-// as it is and is transposed by ldmatrix. Keys that are no patches take a row of the table that holds -L alone, and a
-// rel_w from outside the tensor, which arrives as zeros: there is no branch.
+// Bias. The 16 keys of a warp are one row of their 8 x 16 tile, so that rel_h is part of the offset L of its exponents: a
+// kernel before it writes L - rel_h log2(e) for each query and row of keys, row after row, as threads read it. rel_w is part
+// of the product K Q^T: 16 more of its depth, with 1 / scale where a key has its column, in two parts since it may not be a
+// number of the inputs' precision. Keys that are no patches take a row of the table that holds L alone, and a rel_w from
+// outside the tensor, which arrives as zeros: there is no branch.
 //
 // Sums. They are 24 more columns of dQ = dS K: 8 rows and 16 columns of the tile, of a matrix of ones and zeros. They are
 // added to a float32 workspace laid out as that of dQ (query_sums.cuh): half a block of queries has a group of 8 columns
@@ -82,21 +83,31 @@ struct StepBias {
         bulk_load(offsets, offsets_of_half(params, any_half_block, row), sizeof(offsets), full);
     }
 
-    // Of 16 queries: this thread's offsets, and for either column group of 8 queries rel_w of its two keys.
-    struct Part {
-        float4 offsets;
-        uint32_t columns[4];
-    };
-    __device__ __forceinline__ Part part(int step) const {
-        const int lane = threadIdx.x % 32, query = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2 ^ query / 4 % 2;
-        Part part;
-        part.offsets = offsets[step / 4 * kOffsetsOfHalf + threadIdx.x / 32 * 16 + step % 4 * 4 + lane % 4];
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(part.columns[0]), "=r"(part.columns[1]), "=r"(part.columns[2]), "=r"(part.columns[3])
-                     : "r"(shared_address(rel_w) + (query * 2 + chunk) * 16 + step * (16 * kBiasTileWidth * 2)));
-        return part;
+    // This thread's offsets, of 16 queries.
+    __device__ __forceinline__ float4 four_offsets(int step) const {
+        return offsets[step / 4 * kOffsetsOfHalf + threadIdx.x / 32 * 16 + step % 4 * 4 + threadIdx.x % 4];
+    }
+
+    // What rel_w is multiplied by: 16 keys of a warp times their columns, with 1 / scale on the diagonal. First its rounded
+    // value, then what rounding left of it. A thread's first and last word hold elements around the diagonal.
+    static __device__ __forceinline__ void make_factors(uint32_t (&factors)[2][4], float inverse_scale) {
+        const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+        const float of_first = row == column ? 1.0f : 0.0f, of_second = row == column + 1 ? 1.0f : 0.0f;
+        const float rounded = float(T(inverse_scale));
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float factor = i == 0 ? rounded : inverse_scale - rounded;
+            factors[i][0] = factors[i][3] = pack<T>(of_first * factor, of_second * factor);
+            factors[i][1] = factors[i][2] = 0;
+        }
     }
 };
+
+// Of a tile in the 32-byte swizzle with its depth, 16, along the rows.
+__device__ __forceinline__ uint64_t narrow_tile_descriptor(int low) {
+    constexpr uint32_t kSwizzle32 = 3u << 30, kEightRows = 256 >> 4;
+    return uint64_t(kSwizzle32 | kEightRows) << 32 | uint32_t(low);
+}
 
 // Ones where a key (depth) has its place in the tile: 24 columns. The 16 keys of a step of the product are one row, so that
 // only the first 8 columns differ from step to step. Two steps lie side by side in 16 rows of 128 bytes.

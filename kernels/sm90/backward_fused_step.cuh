@@ -64,6 +64,10 @@ struct FusedStep {
 
     // S^T or dP^T of the warpgroup's keys.
     static __device__ __forceinline__ void issue_scores(float (&scores)[kQueries / 2], int keys, int queries) {
+        issue_products(scores, keys, queries);
+        wgmma_commit();
+    }
+    static __device__ __forceinline__ void issue_products(float (&scores)[kQueries / 2], int keys, int queries) {
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; step++) {
             const int along = step % 4 * kDepthStepAlongRows;
@@ -74,6 +78,28 @@ struct FusedStep {
             } else {
                 wgmma_scores<T, kQueries, true>(scores, a, b);
             }
+        }
+    }
+
+    // S^T, plus rel_w / scale if there is a relative position. What that takes from registers is made anew for each step,
+    // where there is room for it, before the fence.
+    using Factors = uint32_t[2][4];
+    static __device__ __forceinline__ void make_factors(Factors& factors, const BackwardParams& params) {
+        if constexpr (kRelativePosition) {
+            Bias::make_factors(factors, params.inverse_scale);
+            pin_operands(factors);
+        }
+    }
+    static __device__ __forceinline__ void issue_logits(float (&scores)[kQueries / 2], int keys, const Storage& storage,
+                                                        int query_slot, int slot, const Factors& factors) {
+        const int queries = tile_along_rows(storage.query[query_slot]);
+        if constexpr (kRelativePosition) {
+            const int rel_w = tile_along_rows(storage.bias[slot].rel_w);  // not made between the products
+            issue_products(scores, keys, queries);
+#pragma unroll
+            for (int i = 0; i < 2; i++) wgmma_bias<T, kQueries>(scores, factors[i], narrow_tile_descriptor(rel_w));
+        } else {
+            issue_products(scores, keys, queries);
         }
         wgmma_commit();
     }
@@ -160,13 +186,13 @@ struct FusedStep {
 
     // Some of what the exponents get beside scores is read before these are there: as much as there are registers for.
     static constexpr int kEarlyOffsets = kIsWide ? 2 : 8;
-    static constexpr int kEarlyParts = kIsWide ? 1 : 2;
-    using EarlyOffsets = std::conditional_t<kRelativePosition, typename Bias::Part[kEarlyParts], float2[kEarlyOffsets]>;
+    static constexpr int kEarlyFours = 4;  // with a relative position
+    using EarlyOffsets = std::conditional_t<kRelativePosition, float4[kEarlyFours], float2[kEarlyOffsets]>;
     static __device__ __forceinline__ void read_offsets(EarlyOffsets& early, const Storage& storage, int query_slot,
                                                         int slot) {
         if constexpr (kRelativePosition) {
 #pragma unroll
-            for (int i = 0; i < kEarlyParts; i++) early[i] = storage.bias[slot].part(i);
+            for (int i = 0; i < kEarlyFours; i++) early[i] = storage.bias[slot].four_offsets(i);
         } else {
             const PairStatistics* const statistics = storage.statistics[query_slot];
 #pragma unroll
@@ -182,17 +208,12 @@ struct FusedStep {
         if constexpr (kRelativePosition) {
 #pragma unroll
             for (int step = 0; step < kQueries / 16; step++) {
-                const typename Bias::Part part = early[step % kEarlyParts];
-                if (step + kEarlyParts < kQueries / 16) {
-                    early[step % kEarlyParts] = storage.bias[slot].part(step + kEarlyParts);
-                }
+                const float4 four = step < kEarlyFours ? early[step] : storage.bias[slot].four_offsets(step);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float2 column = unpack<T>(part.columns[i]);
-                    const float of_first = fmaf(column.x, kLog2E, i < 2 ? part.offsets.x : part.offsets.z);
-                    const float of_second = fmaf(column.y, kLog2E, i < 2 ? part.offsets.y : part.offsets.w);
-                    const float x = exp2_approximate(fmaf(scores[8 * step + 2 * i], scale_log2, of_first));
-                    const float y = exp2_approximate(fmaf(scores[8 * step + 2 * i + 1], scale_log2, of_second));
+                    const float2 offset = i < 2 ? make_float2(four.x, four.y) : make_float2(four.z, four.w);
+                    const float x = exp2_approximate(fmaf(scores[8 * step + 2 * i], scale_log2, -offset.x));
+                    const float y = exp2_approximate(fmaf(scores[8 * step + 2 * i + 1], scale_log2, -offset.y));
                     weights[step][i] = pack<T>(x, y) & exists[i % 2];
                 }
             }

@@ -47,8 +47,8 @@ struct PrepareRelativePosition {
         const float2 first = statistics[query / 2].offset, second = statistics[query / 2 + 4].offset;
         float4* const table = offsets_of_half(params, any_half_block, 0) + threadIdx.x;
         const auto write = [&](int tile, float4 bias) {
-            table[tile * (2 * kOffsetsOfHalf)] = {fmaf(bias.x, kLog2E, -first.x), fmaf(bias.y, kLog2E, -first.y),
-                                                  fmaf(bias.z, kLog2E, -second.x), fmaf(bias.w, kLog2E, -second.y)};
+            table[tile * (2 * kOffsetsOfHalf)] = {fmaf(bias.x, -kLog2E, first.x), fmaf(bias.y, -kLog2E, first.y),
+                                                  fmaf(bias.z, -kLog2E, second.x), fmaf(bias.w, -kLog2E, second.y)};
         };
         const auto bias_of = [&](int query, int tile) {
             const int at = query * 128 + ((tile ^ query % 8) << 4) + 2 * row;

@@ -66,7 +66,7 @@ template <typename T, int kHeadDim, bool kRelativePosition>
 cudaError_t launch_fused_variant(const BackwardParams& params, int device, cudaStream_t stream) {
     static std::atomic<uint64_t> allowed{0};
     using Fused = FusedBackward<T, kHeadDim, kRelativePosition>;
-    const int blocks = int(std::min<int64_t>(Fused::work_count(params), multiprocessors(device)));
+    const int blocks = int(std::min<int64_t>(FusedWork::count(params), multiprocessors(device)));
     return launch_backward<Fused>(backward_fused<T, kHeadDim, kRelativePosition>, blocks, params, device, stream, allowed);
 }
 

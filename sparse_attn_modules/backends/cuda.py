@@ -27,9 +27,12 @@ TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1
 _RELATIVE_POSITION_TILE = TILES[0]
 _NATIVE_HEAD_DIMS = (32, 64, 80, 96, 128)
 _FUSED_RELATIVE_POSITION_HEAD_DIMS = (64, 80)  # as in kernels/sm90/launch.h
+# The kernel takes 1 / scale apart into two numbers of the inputs' precision, which in float16 must be in its range.
+_FUSED_RELATIVE_POSITION_SCALES = (2.0**-10, 2.0**4)
 # Key blocks per query block, on average, from which on the fused backward kernel is faster than the pair: what it does
 # once for a block of queries is then worth it. Measured on an H200; head_dim and the number of tokens hardly matter.
 _FUSED_KEY_BLOCKS = 4.5
+_FUSED_KEY_BLOCKS_RELATIVE_POSITION = 5
 _MAX_KNOWN_DENSITIES = 256
 _MAX_TILES = (8192, 65536)  # rows and columns that a block's packed coordinates hold
 _LEAST_SCALE = 2.0**-110  # its inverse and its logarithm must be floats; smaller ones make all weights equal anyway
@@ -202,18 +205,24 @@ def _fuses(inputs: AttentionInputs) -> bool:
         return False
     if 0 in inputs.query.shape[:3] or inputs.key.shape[2] == 0:
         return False
+    least = _FUSED_KEY_BLOCKS if inputs.rel_h is None else _FUSED_KEY_BLOCKS_RELATIVE_POSITION
     if inputs.is_dense:
-        return _grids(inputs)[1].num_blocks >= _FUSED_KEY_BLOCKS
+        return _grids(inputs)[1].num_blocks >= least
     density, num_key_blocks = inputs.density, inputs.key_grid.num_blocks
     if density is None:
         density = _known_density(inputs.key_counts, num_key_blocks)
-    return density is not None and density * num_key_blocks >= _FUSED_KEY_BLOCKS
+    return density is not None and density * num_key_blocks >= least
 
 
 def _can_fuse(inputs: AttentionInputs) -> bool:
+    """Whether there is a fused kernel for it."""
     if inputs.dropout_p > 0:
         return False
-    return inputs.rel_h is None or _native_head_dim(inputs.query.shape[3]) in _FUSED_RELATIVE_POSITION_HEAD_DIMS
+    if inputs.rel_h is None:
+        return True
+    least, most = _FUSED_RELATIVE_POSITION_SCALES
+    has_head_dim = _native_head_dim(inputs.query.shape[3]) in _FUSED_RELATIVE_POSITION_HEAD_DIMS
+    return has_head_dim and (least <= abs(inputs.scale) <= most or abs(inputs.scale) < _LEAST_SCALE)
 
 
 def _native_head_dim(head_dim: int) -> int:

@@ -110,6 +110,23 @@ def test_relative_position_of_more_rows_of_keys_than_arrive_at_once(head_dim: in
 
 
 @pytest.mark.usefixtures("fused", "poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-3, 3.3, 1e-5])
+def test_relative_position_at_any_scale(scale: float, dtype: torch.dtype, drawn_cuda_case, oracle) -> None:
+    """The last is out of the fused kernel's range, and left to the pair."""
+    case = drawn_cuda_case(0)
+    grid = TokenGrid(13, 21, suffix=1)
+    case.query, case.key, case.value = (
+        torch.randn(1, 2, grid.num_tokens, 64, device="cuda", dtype=dtype) for _ in range(3)
+    )
+    case.mask, case.key_padding_mask, case.scale = BlockMask.dense(grid, device="cuda"), None, scale
+    case.relative_position = tuple(
+        torch.randn(1, 2, grid.num_tokens, size, device="cuda", dtype=dtype) for size in (13, 21)
+    )
+    _check(case, oracle)
+
+
+@pytest.mark.usefixtures("fused", "poisoned_memory")
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_nothing_attended_gives_zeros_with_a_relative_position(head_dim: int) -> None:
     grid = TokenGrid(13, 21, prefix=1)
@@ -162,18 +179,20 @@ def test_a_thousand_runs_agree(head_dim: int, relative: bool) -> None:
     assert all(furthest[i] <= first[i].abs().max().float() * 2**-7 for i in in_any_order)
 
 
-def test_chosen_by_key_blocks_and_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_chosen_by_key_blocks_and_determinism(relative: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[bool] = []
     fuses = cuda._fuses
     monkeypatch.setattr(cuda, "_fuses", lambda inputs: chosen.append(fuses(inputs)) or chosen[-1])
     grid = TokenGrid(64, 64)
     leaves = [
         torch.randn(1, 2, grid.num_tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3)
+        for _ in range(5 if relative else 3)
     ]
 
     def step(mask: BlockMask) -> bool:
-        out = block_sparse_attention(*leaves, mask, backend="cuda")
+        relative_position = tuple(leaves[3:]) if relative else None
+        out = block_sparse_attention(*leaves[:3], mask, relative_position=relative_position, backend="cuda")
         torch.autograd.grad(out, leaves, torch.ones_like(out))
         torch.cuda.synchronize()
         return chosen[-1]
@@ -182,7 +201,7 @@ def test_chosen_by_key_blocks_and_determinism(monkeypatch: pytest.MonkeyPatch) -
         places = torch.rand(1, 1, grid.num_blocks, grid.num_blocks, device="cuda").argsort(-1)
         return BlockMask(places < count, grid)
 
-    dense, few, enough = BlockMask.dense(grid, device="cuda"), with_key_blocks(3), with_key_blocks(5)
+    dense, few, enough = BlockMask.dense(grid, device="cuda"), with_key_blocks(3), with_key_blocks(6)
     assert step(dense)
     for mask in (few, enough):
         step(mask)  # finds out how many there are
