@@ -35,6 +35,7 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
                           const Tensor& statistics, const std::optional<Tensor>& grad_rel_h,
                           const std::optional<Tensor>& grad_rel_w, const std::optional<Tensor>& rel_w_sums,
                           const std::optional<Tensor>& grad_query_sums, const std::optional<Tensor>& blocks_taken,
+                          const std::optional<Tensor>& rel_offsets, const std::optional<Tensor>& rel_sums,
                           const std::optional<Tensor>& key_counts, const std::optional<Tensor>& key_indices,
                           const std::optional<Tensor>& row_order, const std::optional<Tensor>& query_counts,
                           const std::optional<Tensor>& query_indices, const std::optional<Tensor>& rel_h,
@@ -95,17 +96,34 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
         check_shape("rel_w", *rel_w, {batch, heads, query_tokens, grid.width});
         check_shape("grad_rel_h", *grad_rel_h, {batch, heads, query_tokens, grid.height});
         check_shape("grad_rel_w", *grad_rel_w, {batch, heads, query_tokens, grid.width});
-        check_shape("rel_w_sums", *rel_w_sums,
-                    {batch, heads, query_blocks, grid.tile_columns, kBlockTokens * grid.tile_width});
         check_contiguous("grad_rel_h", grad_rel_h);
         check_contiguous("grad_rel_w", grad_rel_w);
-        check_contiguous("rel_w_sums", rel_w_sums);
-        params.rel_h = encode_tokens("rel_h", *rel_h, params.query_grid, grid.tile_height, false, 2);
-        params.rel_w = encode_tokens("rel_w", *rel_w, params.query_grid, grid.tile_width, false, 2);
         params.grad_rel_h = pointer<void>(grad_rel_h);
         params.grad_rel_w = pointer<void>(grad_rel_w);
-        params.rel_w_sums = pointer<float>(rel_w_sums);
         params.relative_position = true;
+        // The fused kernel reads rel_w in the swizzle, and rel_h not itself.
+        const bool is_fused = grad_query_sums.has_value();
+        params.rel_h = encode_tokens("rel_h", *rel_h, params.query_grid, is_fused ? 64 : grid.tile_height, is_fused, 2);
+        params.rel_w = encode_tokens("rel_w", *rel_w, params.query_grid, grid.tile_width, is_fused, 2);
+        if (is_fused) {
+            const int64_t rows = grid.tile_blocks / grid.tile_columns, extra = grid.prefix + grid.suffix > 0;
+            STD_TORCH_CHECK(fuses_relative_position(native_head_dim(head_dim, false)),
+                            "block_sparse_attention: grad_query_sums must not come with a relative position, got head_dim ",
+                            head_dim);
+            check_shape("rel_offsets", *rel_offsets,
+                        {batch, heads, query_blocks, rows + extra, kBlockTokens * grid.tile_height});
+            check_shape("rel_sums", *rel_sums,
+                        {batch, heads, query_blocks, rows + 2 * grid.tile_columns, kBlockTokens * 8});
+            check_contiguous("rel_offsets", rel_offsets);
+            check_contiguous("rel_sums", rel_sums);
+            params.rel_offsets = pointer<float>(rel_offsets);
+            params.rel_sums = pointer<float>(rel_sums);
+        } else {
+            check_shape("rel_w_sums", *rel_w_sums,
+                        {batch, heads, query_blocks, grid.tile_columns, kBlockTokens * grid.tile_width});
+            check_contiguous("rel_w_sums", rel_w_sums);
+            params.rel_w_sums = pointer<float>(rel_w_sums);
+        }
     }
     const Lists keys = index_lists("key_counts, key_indices", key_counts, key_indices, query_blocks, key_blocks);
     params.key_counts = keys.counts;
@@ -127,9 +145,8 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     params.dropout = dropout_params(dropout_seed, dropout_p);
 
     if (grad_query_sums.has_value()) {
-        STD_TORCH_CHECK(!rel_h.has_value() && !dropout_seed.has_value() && blocks_taken.has_value(),
-                        "block_sparse_attention: grad_query_sums must come with blocks_taken, and with neither a relative "
-                        "position nor dropout");
+        STD_TORCH_CHECK(!dropout_seed.has_value() && blocks_taken.has_value(),
+                        "block_sparse_attention: grad_query_sums must come with blocks_taken and no dropout");
         check_shape("grad_query_sums", *grad_query_sums,
                     {batch, heads, query_blocks, kBlockTokens, native_head_dim(head_dim, false)});
         check_shape("blocks_taken", *blocks_taken, {1});

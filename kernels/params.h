@@ -71,7 +71,8 @@ struct ForwardParams {
 struct BackwardParams {
     TensorMaps query, key, value, grad_out, out;  // loads; box: 64 of head_dim x half a block
     TensorMaps grad_query, grad_key, grad_value;  // stores, likewise
-    TensorMaps rel_h, rel_w;                      // loads; box: one tile height (width) of keys x half a block of queries
+    TensorMaps rel_h, rel_w;                      // loads; box: one tile height (width) of keys x half a block of queries;
+                                                  // rel_h for the fused kernel: 64 rows of keys
 
     GridParams query_grid, key_grid;
     int batch, query_heads, heads_per_key_head;
@@ -104,6 +105,10 @@ struct BackwardParams {
     bool mask_keys;          // some key block has absent keys: ragged tiles, extra tokens, padding
     bool relative_position;  // rel_h and rel_w are there
     DropoutParams dropout;
+
+    // Of the fused kernel with a relative position: see common/fused_relative_position.cuh.
+    float* rel_offsets;  // [B, Hq, Q, rows of key tiles (+ 1), 2, 8, 64]
+    float* rel_sums;     // [B, Hq, Q, 2, rows + 2 columns of key tiles, 128, 4]
 };
 
 }  // namespace sparse_attn

@@ -55,10 +55,11 @@ inline CUtensorMap encode_part(const char* name, const torch::stable::Tensor& te
     const cuuint32_t extent_of_box[5] = {cuuint32_t(box.columns), 1, cuuint32_t(box.tile_width),
                                          cuuint32_t(box.tile_height), 1};
     const cuuint32_t every[5] = {1, 1, 1, 1, 1};
+    const auto widest = box.columns * kElement > 32 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B;
+    const auto swizzle = swizzled ? widest : CU_TENSOR_MAP_SWIZZLE_NONE;
     const auto encode = [&] {
         return tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, address, extents, byte_strides, extent_of_box,
-                                    every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                    swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                                    every, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     };
     CUresult result = encode();

@@ -80,7 +80,7 @@ def block_sparse_attention(
         scale: factor on ``query · key``; ``D ** -0.5`` if None.
         relative_position: ``(rel_h, rel_w)`` of shapes ``[B, Hq, Nq, key height]`` and ``[B, Hq, Nq, key width]``: the
             decomposed bias of Segment Anything and MViTv2. ``rel_h[q, y] + rel_w[q, x]`` is added to the scaled logit
-            of the patch in row ``y`` and column ``x``; extra tokens among the keys get none.
+            of the patch in row ``y`` and column ``x``; extra tokens among the keys get none. Its values must be finite.
         key_padding_mask: bool ``[B, Nk]``, true for keys that must be ignored. They must be finite all the same.
         dropout_p: probability of dropping an attention weight. The seed is drawn from the generator of query's device
             (``torch.manual_seed``); for one seed every backend drops the same weights.

@@ -15,9 +15,11 @@ __device__ __forceinline__ void pin_operands(uint32_t (&a)[kSteps][4]) {
 // A first product that only writes its accumulator: nothing has to be set to zero, and no register is held before it.
 #define NEW_FLOATS_8(d, i) \
     "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3]), "=f"(d[i + 4]), "=f"(d[i + 5]), "=f"(d[i + 6]), "=f"(d[i + 7])
+#define NEW_FLOATS_12(d, i) NEW_FLOATS_8(d, i), "=f"(d[i + 8]), "=f"(d[i + 9]), "=f"(d[i + 10]), "=f"(d[i + 11])
 #define NEW_FLOATS_16(d, i) NEW_FLOATS_8(d, i), NEW_FLOATS_8(d, i + 8)
 #define NEW_FLOATS_32(d, i) NEW_FLOATS_16(d, i), NEW_FLOATS_16(d, i + 16)
 #define NEW_FLOATS_40(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_8(d, i + 32)
+#define NEW_FLOATS_44(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_12(d, i + 32)
 #define NEW_FLOATS_48(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_16(d, i + 32)
 #define NEW_FLOATS_64(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_32(d, i + 32)
 
@@ -52,18 +54,45 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[kColumns / 2], uint64_t 
     }
 }
 
+// Accumulator += A B^T, A from registers and B from shared memory with its depth along the rows: what rel_w adds to scores.
+template <typename T, int kColumns>
+__device__ __forceinline__ void wgmma_bias(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b) {
+#define WGMMA_BIAS(type, columns, count, a0, a1, a2, a3, descriptor) \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" ACCUMULATORS_##count "}, " \
+                 "{" a0 ", " a1 ", " a2 ", " a3 "}, " descriptor ", 1, 1, 1, 0;" \
+                 : FLOATS_##count(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define WGMMA_BIAS_OF_TYPE(columns, count, ...) \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
+        WGMMA_BIAS("bf16", columns, count, __VA_ARGS__); \
+    } else { \
+        WGMMA_BIAS("f16", columns, count, __VA_ARGS__); \
+    }
+    if constexpr (kColumns == 64) {
+        WGMMA_BIAS_OF_TYPE(64, 32, "%32", "%33", "%34", "%35", "%36");
+    } else {
+        static_assert(kColumns == 128, "write the instruction for this number of columns above");
+        WGMMA_BIAS_OF_TYPE(128, 64, "%64", "%65", "%66", "%67", "%68");
+    }
+#undef WGMMA_BIAS_OF_TYPE
+#undef WGMMA_BIAS
+}
+
 // Accumulator (+)= A B, both from shared memory, B with its depth down the rows: dS K.
 template <typename T, int kColumns, bool kAccumulate>
 __device__ __forceinline__ void wgmma_shared_output(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {
 #define WGMMA_SHARED_OUTPUT(columns, count, ...) WGMMA_SHARED_OF_TYPE(columns, count, 0, 1, __VA_ARGS__)
     if constexpr (kColumns == 16) {
         WGMMA_SHARED_OUTPUT(16, 8, "%8", "%9");
+    } else if constexpr (kColumns == 24) {
+        WGMMA_SHARED_OUTPUT(24, 12, "%12", "%13");
     } else if constexpr (kColumns == 32) {
         WGMMA_SHARED_OUTPUT(32, 16, "%16", "%17");
     } else if constexpr (kColumns == 64) {
         WGMMA_SHARED_OUTPUT(64, 32, "%32", "%33");
     } else if constexpr (kColumns == 80) {
         WGMMA_SHARED_OUTPUT(80, 40, "%40", "%41");
+    } else if constexpr (kColumns == 88) {
+        WGMMA_SHARED_OUTPUT(88, 44, "%44", "%45");
     } else if constexpr (kColumns == 96) {
         WGMMA_SHARED_OUTPUT(96, 48, "%48", "%49");
     } else if constexpr (kColumns == 128) {

@@ -11,6 +11,9 @@
 // Products run under arithmetic of the same warpgroup in both halves. dQ needs the dS of both warpgroups, hence comes a step
 // later, when both are surely there, which leaves them free to be out of step. Steps follow each other across the borders
 // between blocks of keys, so that little is lost where few queries attend to a block.
+//
+// A relative position is part of S and of the offsets of its exponents, and its gradients' sums are more columns of dQ: see
+// common/fused_relative_position.cuh.
 #pragma once
 
 #include "../common/overlapping_launch.cuh"
@@ -18,12 +21,13 @@
 #include "../common/ring.cuh"
 #include "../common/tma.cuh"
 #include "backward_fused_step.cuh"
+#include "backward_fused_work.cuh"
 
 namespace sparse_attn {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kRelativePosition>
 struct FusedBackward {
-    using Step = FusedStep<T, kHeadDim>;
+    using Step = FusedStep<T, kHeadDim, kRelativePosition>;
     using Storage = typename Step::Storage;
     static constexpr int kThreads = Step::kThreads, kConsumerWarps = Step::kConsumerWarps;
     static constexpr bool kIsWide = Step::kIsWide;
@@ -31,21 +35,7 @@ struct FusedBackward {
     static constexpr int kQueryStages = Step::kQueryStages, kStages = Step::kStages;
     static constexpr int kHalfBytes = Step::kHalfBytes, kKeyBytes = Step::kKeyBytes, kQueryBytes = Step::kQueryBytes;
     static constexpr int kQueryChunkBytes = Step::kQueryChunkBytes;
-
-    // Heads follow each other, so that their queries stay in the cache.
-    struct Work {
-        int key_block, head, batch;
-        __device__ __forceinline__ Work(const BackwardParams& params, int index) {
-            const int heads = params.query_heads / params.heads_per_key_head, any_head = index / params.key_grid.num_blocks;
-            key_block = index - any_head * params.key_grid.num_blocks;
-            batch = any_head / heads;
-            head = any_head - batch * heads;
-        }
-    };
-    static constexpr int kNoWork = 0x7fffffff;
-    static __host__ __device__ __forceinline__ int work_count(const BackwardParams& params) {
-        return params.key_grid.num_blocks * (params.query_heads / params.heads_per_key_head) * params.batch;
-    }
+    static constexpr int kBiasBytes = kRelativePosition ? sizeof(typename Step::Bias) : 0;
 
     // Half blocks from `half` on, into a tile of kRows rows; called by a whole warp.
     template <int kRows>
@@ -73,8 +63,8 @@ struct FusedBackward {
         Ring<kQueryStages> queries;
         Ring<kStages> grad_outs, keys;
         uint32_t value_parity = 1;
-        for (int index = blockIdx.x; index < work_count(params); index = take_work(params)) {
-            const Work work(params, index);
+        for (int index = blockIdx.x; index < FusedWork::count(params); index = FusedWork::take(params)) {
+            const FusedWork work(params, index);
             const BlockCode key_block = warp_uniform(code_of_block(params.key_grid, work.key_block));
             QueryList list;
             list.open(params, work.key_block, work.head, work.batch);
@@ -105,6 +95,7 @@ struct FusedBackward {
                     if (lane == 0) {
                         storage.work[keys.place] = index;
                         storage.steps[keys.place] = attending;
+                        if constexpr (kRelativePosition) storage.key_block[keys.place] = key_block;
                     }
                     __syncwarp();
                     barrier_arrive_expect(full, kKeyBytes);
@@ -120,30 +111,28 @@ struct FusedBackward {
 
                 full = &storage.grad_out_full[grad_outs.place];
                 barrier_wait(&storage.grad_out_free[grad_outs.place], grad_outs.parity ^ 1);
-                barrier_arrive_expect(full, kQueryBytes);
+                barrier_arrive_expect(full, kQueryBytes + kBiasBytes);
                 load<kQueries>(storage.grad_out[grad_outs.place], params.grad_out, params.query_grid, block, half, list.head,
                                work.batch, full, nowhere);
+                if constexpr (kRelativePosition) {
+                    const int any_half_block = any_head * 2 * params.query_grid.num_blocks + half_block;
+                    storage.bias[grad_outs.place].load(params, block, half, any_half_block, list.head, work.batch, nowhere,
+                                                       key_block, full);
+                }
                 grad_outs.advance();
             }
         }
         barrier_wait(&storage.key_free[keys.place], keys.parity ^ 1);
         if (lane == 0) {
-            storage.work[keys.place] = kNoWork;
+            storage.work[keys.place] = FusedWork::kNone;
             barrier_arrive(&storage.key_full[keys.place]);
         }
-    }
-
-    // Blocks of keys are handed out as thread blocks get to them: how many queries attend to them differs.
-    static __device__ __forceinline__ int take_work(const BackwardParams& params) {
-        int taken = 0;
-        if (threadIdx.x % 32 == 0) taken = atomicAdd(params.blocks_taken, 1);
-        return warp_uniform(taken) + gridDim.x;
     }
 
     // Bits of the packed weights of this thread's two keys that may stay.
     static __device__ __forceinline__ void existing_keys(uint32_t (&exists)[2], const BackwardParams& params, int index) {
         const GridParams& grid = params.key_grid;
-        const Work work(params, index);
+        const FusedWork work(params, index);
         const BlockPlace place(grid, code_of_block(grid, work.key_block));
         const int64_t tokens = grid.prefix + grid.height * grid.width + grid.suffix;
 #pragma unroll
@@ -158,6 +147,11 @@ struct FusedBackward {
     // Reads through the lane whose arrival frees the place, so that the read is ordered before the next write.
     static __device__ __forceinline__ int from_lane_0(const int& value) {
         return warp_uniform(threadIdx.x % 32 == 0 ? value : 0);
+    }
+
+    static __device__ __forceinline__ BlockCode key_block_of(const Storage& storage, int slot) {
+        if constexpr (kRelativePosition) return from_lane_0(storage.key_block[slot]);
+        return 0;
     }
 
     // At least one; where nobody attends to the keys, they do not exist in it.
@@ -192,13 +186,15 @@ struct FusedBackward {
             float scores[kQueries / 2];
             barrier_wait(&storage.query_full[0], 0);
             barrier_wait(&storage.grad_out_full[0], 0);
+            typename Step::Factors factors;
+            Step::make_factors(factors, params);
             wgmma_fence();
-            Step::issue_scores(scores, own_keys(0), tile_along_rows(storage.query[0]));
+            Step::issue_logits(scores, own_keys(0), storage, 0, 0, factors);
             Step::issue_scores(grads, own_values, tile_along_rows(storage.grad_out[0]));
-            float2 offsets[Step::kEarlyOffsets];
-            Step::read_offsets(offsets, storage.statistics[0]);
+            typename Step::EarlyOffsets offsets;
+            Step::read_offsets(offsets, storage, 0, 0);
             wgmma_wait<1>(scores);
-            Step::exponentiate(weights, scores, offsets, storage.statistics[0], params.scale_log2, exists);
+            Step::exponentiate(weights, scores, offsets, storage, 0, 0, params.scale_log2, exists);
             wgmma_wait<0>(grads);
             __syncwarp();
             if (lane == 0 && left == 1) barrier_arrive(&storage.value_free);
@@ -242,6 +238,7 @@ struct FusedBackward {
             fence_async_proxy();
             wgmma_wait<kIsWide ? 1 : 0>(grad_value);
             pin_registers(grad_query);
+            const BlockCode key_block_before = key_block_of(storage, key_slot_before);
             __syncwarp();
             if (lane == 0) {
                 barrier_arrive(&storage.grads_full[steps.place]);
@@ -249,7 +246,7 @@ struct FusedBackward {
                 if (follows_border) barrier_arrive(&storage.key_free[key_slot_before]);
             }
             const int half_block = from_lane_0(storage.half_block[queries.place]);
-            if (!is_first) Step::template add_grad_query<kWarpgroup>(params, half_block_before, grad_query);
+            if (!is_first) Step::template add_grad_query<kWarpgroup>(params, half_block_before, key_block_before, grad_query);
             half_block_before = half_block;
             key_slot_before = keys.place;
             is_first = false;
@@ -264,7 +261,7 @@ struct FusedBackward {
                 next_keys.advance();
                 barrier_wait(&storage.key_full[next_keys.place], next_keys.parity);
                 next_index = from_lane_0(storage.work[next_keys.place]);
-                is_last = next_index == kNoWork;
+                is_last = next_index == FusedWork::kNone;
                 if (is_last) {
                     next_keys = keys;
                 } else {
@@ -285,19 +282,22 @@ struct FusedBackward {
                 pin_registers(grad_key);
                 pin_operands(packed_grads);
             }
+            typename Step::Factors factors;
+            Step::make_factors(factors, params);
             wgmma_fence();
             if constexpr (!kIsWide) {
                 Step::issue_gradient(grad_key, packed_grads, tile_down_rows(storage.query[queries.place], kQueryChunkBytes));
             }
-            Step::issue_scores(scores, own_keys(next_keys.place), tile_along_rows(storage.query[next_queries.place]));
+            Step::issue_logits(scores, own_keys(next_keys.place), storage, next_queries.place, next_step.place, factors);
             wgmma_wait<1>(grad_key);
             wgmma_fence();
             Step::issue_scores(grads, own_values, tile_along_rows(storage.grad_out[next_step.place]));
-            float2 offsets[Step::kEarlyOffsets];
-            Step::read_offsets(offsets, storage.statistics[next_queries.place]);
+            typename Step::EarlyOffsets offsets;
+            Step::read_offsets(offsets, storage, next_queries.place, next_step.place);
             wgmma_wait<1>(scores);
             pin_registers(grad_key);
-            Step::exponentiate(weights, scores, offsets, storage.statistics[next_queries.place], params.scale_log2, exists);
+            Step::exponentiate(weights, scores, offsets, storage, next_queries.place, next_step.place, params.scale_log2,
+                               exists);
             // Long done; but the compiler, which would wait for dK before the exponentials, does not look past it.
             pin_operands(weights);
             barrier_wait(&storage.query_full[next_queries.place], next_queries.parity);
@@ -324,7 +324,7 @@ struct FusedBackward {
         wgmma_fence();
         Step::template issue_grad_query<kWarpgroup>(grad_query, storage, steps.place, keys.place);
         wgmma_wait<0>(grad_query);
-        Step::template add_grad_query<kWarpgroup>(params, half_block_before, grad_query);
+        Step::template add_grad_query<kWarpgroup>(params, half_block_before, key_block_of(storage, keys.place), grad_query);
         if (leader) tma_store_wait_read();
     }
 
@@ -337,7 +337,7 @@ struct FusedBackward {
     static __device__ __forceinline__ void store_gradients(const BackwardParams& params, unsigned char* tile, int index,
                                                            int warpgroup, const float (&grad_key)[kHeadDim / 2],
                                                            const float (&grad_value)[kHeadDim / 2]) {
-        const Work work(params, index);
+        const FusedWork work(params, index);
         const BlockCode block = warp_uniform(code_of_block(params.key_grid, work.key_block));
         const bool leader = threadIdx.x % 128 == 0;
         const TileCoordinates at = half_block_at(params.key_grid, block, warpgroup, work.head, work.batch);
@@ -380,6 +380,10 @@ struct FusedBackward {
     }
 
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
+        if constexpr (kRelativePosition) {
+            storage.places.fill();
+            fence_async_proxy();
+        }
         if (threadIdx.x == 0) {
             barrier_init(&storage.value_full, 1);
             barrier_init(&storage.value_free, kConsumerWarps);
@@ -413,9 +417,9 @@ struct FusedBackward {
     }
 };
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kRelativePosition>
 __global__ void __launch_bounds__(384, 1) backward_fused(const __grid_constant__ BackwardParams params) {
-    using Kernel = FusedBackward<T, kHeadDim>;
+    using Kernel = FusedBackward<T, kHeadDim, kRelativePosition>;
     extern __shared__ __align__(1024) unsigned char shared[];
     Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared));
 }

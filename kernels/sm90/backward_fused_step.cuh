@@ -1,6 +1,7 @@
 // What a step of the fused backward kernel is made of: its tiles, products and arithmetic.
 #pragma once
 
+#include "../common/fused_relative_position.cuh"
 #include "../common/half_block.cuh"
 #include "../common/query_sums.cuh"
 #include "../common/softmax.cuh"
@@ -21,7 +22,8 @@ __device__ __forceinline__ uint32_t score_gradient(uint32_t weights, float x, fl
         return pack<T>(weight.x * x, weight.y * y);
     }
 }
-template <typename T, int kHeadDim>
+
+template <typename T, int kHeadDim, bool kRelativePosition>
 struct FusedStep {
     static_assert(kHeadDim <= 128, "two 64-wide chunks per tile");
     static constexpr int kConsumerWarps = 8;
@@ -36,7 +38,7 @@ struct FusedStep {
     static constexpr int kKeyChunkBytes = kBlockTokens * 128, kQueryChunkBytes = kQueries * 128;
     static constexpr int kKeyBytes = kChunks * kKeyChunkBytes, kQueryBytes = kChunks * kQueryChunkBytes;
 
-    struct Storage {
+    struct PlainStorage {
         alignas(1024) unsigned char key[kStages][kKeyBytes];
         alignas(1024) unsigned char value[kKeyBytes];
         alignas(1024) unsigned char query[kQueryStages][kQueryBytes];
@@ -50,10 +52,22 @@ struct FusedStep {
         uint64_t grad_out_full[kStages], grads_full[kStages];
         uint64_t grad_out_free[kStages];  // and the dS of the step before
     };
+    using Bias = StepBias<T, kQueries>;
+    using Places = KeyPlaceTiles<T>;
+    struct BiasedStorage : PlainStorage {
+        Places places;
+        Bias bias[kStages];  // arrives with the gradients of outputs
+        BlockCode key_block[kStages];
+    };
+    using Storage = std::conditional_t<kRelativePosition, BiasedStorage, PlainStorage>;
     static_assert(sizeof(Storage) <= 227 * 1024, "a thread block cannot have more shared memory");
 
     // S^T or dP^T of the warpgroup's keys.
     static __device__ __forceinline__ void issue_scores(float (&scores)[kQueries / 2], int keys, int queries) {
+        issue_products(scores, keys, queries);
+        wgmma_commit();
+    }
+    static __device__ __forceinline__ void issue_products(float (&scores)[kQueries / 2], int keys, int queries) {
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; step++) {
             const int along = step % 4 * kDepthStepAlongRows;
@@ -64,6 +78,28 @@ struct FusedStep {
             } else {
                 wgmma_scores<T, kQueries, true>(scores, a, b);
             }
+        }
+    }
+
+    // S^T, plus rel_w / scale if there is a relative position. What that takes from registers is made anew for each step,
+    // where there is room for it, before the fence.
+    using Factors = uint32_t[2][4];
+    static __device__ __forceinline__ void make_factors(Factors& factors, const BackwardParams& params) {
+        if constexpr (kRelativePosition) {
+            Bias::make_factors(factors, params.inverse_scale);
+            pin_operands(factors);
+        }
+    }
+    static __device__ __forceinline__ void issue_logits(float (&scores)[kQueries / 2], int keys, const Storage& storage,
+                                                        int query_slot, int slot, const Factors& factors) {
+        const int queries = tile_along_rows(storage.query[query_slot]);
+        if constexpr (kRelativePosition) {
+            const int rel_w = tile_along_rows(storage.bias[slot].rel_w);  // not made between the products
+            issue_products(scores, keys, queries);
+#pragma unroll
+            for (int i = 0; i < 2; i++) wgmma_bias<T, kQueries>(scores, factors[i], narrow_tile_descriptor(rel_w));
+        } else {
+            issue_products(scores, keys, queries);
         }
         wgmma_commit();
     }
@@ -78,59 +114,120 @@ struct FusedStep {
         wgmma_commit();
     }
 
-    // dQ = dS K of a step. The warpgroups share it by queries, or, if there are 64, by chunks of columns.
-    static constexpr __host__ __device__ int grad_query_columns(int warpgroup) {
+    // dQ = dS K of a step. The warpgroups share it by queries, or, if there are 64, by chunks of columns. With a relative
+    // position, the sums of dS over rows and columns of the tile of keys follow, which then are the second warpgroup's.
+    static constexpr __host__ __device__ int key_columns(int warpgroup) {
         return !kIsWide ? kHeadDim : warpgroup == 0 ? 64 : kHeadDim - 64;
+    }
+    static constexpr __host__ __device__ bool has_sums(int warpgroup) {
+        return kRelativePosition && (!kIsWide || warpgroup == 1);
+    }
+    static constexpr __host__ __device__ int grad_query_columns(int warpgroup) {
+        return key_columns(warpgroup) + (has_sums(warpgroup) ? kPlaceColumns : 0);
     }
     template <int kWarpgroup>
     static __device__ __forceinline__ void issue_grad_query(float (&gradient)[grad_query_columns(kWarpgroup) / 2],
                                                             Storage& storage, int slot, int key_slot) {
-        constexpr int kColumns = grad_query_columns(kWarpgroup);
+        constexpr int kColumns = key_columns(kWarpgroup);
+        // A product takes columns past the 64th from a distance that may differ from step to step.
+        constexpr bool kSumsFollow = has_sums(kWarpgroup) && kColumns == 64;
         const int grads = tile_along_rows(storage.grads[slot][0] + (kIsWide ? 0 : kWarpgroup * kHalfBytes));
-        const int keys = tile_down_rows(storage.key[key_slot] + (kIsWide ? kWarpgroup * kKeyChunkBytes : 0), kKeyChunkBytes);
+        const unsigned char* const key_tile = storage.key[key_slot] + (kIsWide ? kWarpgroup * kKeyChunkBytes : 0);
+        int chunk_bytes = kKeyChunkBytes;
+        if constexpr (kSumsFollow) chunk_bytes = int(storage.places.tiles[0] - key_tile);
+        const int keys = tile_down_rows(key_tile, chunk_bytes);
 #pragma unroll
         for (int step = 0; step < kBlockTokens / 16; step++) {
-            const int along = step / 4 * (kQueryChunkBytes >> 4) + step % 4 * kDepthStepAlongRows;
-            const uint64_t a = tile_descriptor(grads + along), b = tile_descriptor(keys + step * kDepthStepDownRows);
+            constexpr int kIssued = kSumsFollow ? kColumns + kPlaceColumns : kColumns;
+            const int down = step * kDepthStepDownRows;
+            const int distance = kSumsFollow ? (Places::offset(step) - down) * 65536 : 0;
+            const uint64_t a = tile_descriptor(grads + along_grads(step)), b = tile_descriptor(keys + down + distance);
+            auto& columns = reinterpret_cast<float(&)[kIssued / 2]>(gradient[0]);
             if (step == 0) {
-                wgmma_shared_output<T, kColumns, false>(gradient, a, b);
+                wgmma_shared_output<T, kIssued, false>(columns, a, b);
             } else {
-                wgmma_shared_output<T, kColumns, true>(gradient, a, b);
+                wgmma_shared_output<T, kIssued, true>(columns, a, b);
+            }
+        }
+        if constexpr (has_sums(kWarpgroup) && !kSumsFollow) {
+            const int places = tile_down_rows(storage.places.tiles[0], 0);
+            auto& sums = reinterpret_cast<float(&)[kPlaceColumns / 2]>(gradient[kColumns / 2]);
+#pragma unroll
+            for (int step = 0; step < kBlockTokens / 16; step++) {
+                const uint64_t a = tile_descriptor(grads + along_grads(step));
+                const uint64_t b = tile_descriptor(places + Places::offset(step));
+                if (step == 0) {
+                    wgmma_shared_output<T, kPlaceColumns, false>(sums, a, b);
+                } else {
+                    wgmma_shared_output<T, kPlaceColumns, true>(sums, a, b);
+                }
             }
         }
         wgmma_commit();
     }
+    static constexpr __host__ __device__ int along_grads(int step) {
+        return step / 4 * (kQueryChunkBytes >> 4) + step % 4 * kDepthStepAlongRows;
+    }
 
     // `half_block` is the step's first, over all batch entries and heads.
     template <int kWarpgroup>
-    static __device__ __forceinline__ void add_grad_query(const BackwardParams& params, int half_block,
+    static __device__ __forceinline__ void add_grad_query(const BackwardParams& params, int half_block, BlockCode key_block,
                                                           const float (&gradient)[grad_query_columns(kWarpgroup) / 2]) {
+        constexpr int kColumns = key_columns(kWarpgroup);
         const int first_group = kIsWide ? 8 * kWarpgroup : 0;
         if (!kIsWide) half_block += kWarpgroup;
-        add_to_query_sums<kHeadDim>(params.grad_query_sums, half_block, first_group, gradient);
+        add_to_query_sums<kHeadDim>(params.grad_query_sums, half_block, first_group,
+                                    reinterpret_cast<const float(&)[kColumns / 2]>(gradient[0]));
+        if constexpr (has_sums(kWarpgroup)) {
+            add_to_place_sums(params, half_block, key_block,
+                              reinterpret_cast<const float(&)[kPlaceColumns / 2]>(gradient[kColumns / 2]));
+        }
     }
 
-    // Some of the offsets L are read before it is the warpgroup's turn: as many as there are registers for.
+    // Some of what the exponents get beside scores is read before these are there: as much as there are registers for.
     static constexpr int kEarlyOffsets = kIsWide ? 2 : 8;
-    static __device__ __forceinline__ void read_offsets(float2 (&offsets)[kEarlyOffsets], const PairStatistics* statistics) {
+    static constexpr int kEarlyFours = 4;  // with a relative position
+    using EarlyOffsets = std::conditional_t<kRelativePosition, float4[kEarlyFours], float2[kEarlyOffsets]>;
+    static __device__ __forceinline__ void read_offsets(EarlyOffsets& early, const Storage& storage, int query_slot,
+                                                        int slot) {
+        if constexpr (kRelativePosition) {
 #pragma unroll
-        for (int i = 0; i < kEarlyOffsets; i++) offsets[i] = statistics[4 * i + threadIdx.x % 4].offset;
+            for (int i = 0; i < kEarlyFours; i++) early[i] = storage.bias[slot].four_offsets(i);
+        } else {
+            const PairStatistics* const statistics = storage.statistics[query_slot];
+#pragma unroll
+            for (int i = 0; i < kEarlyOffsets; i++) early[i] = statistics[4 * i + threadIdx.x % 4].offset;
+        }
     }
 
     // exp2(scale_log2 s - L), packed; keys that do not exist get 0.
     static __device__ __forceinline__ void exponentiate(uint32_t (&weights)[kQueries / 16][4],
-                                                        const float (&scores)[kQueries / 2],
-                                                        const float2 (&early_offsets)[kEarlyOffsets],
-                                                        const PairStatistics* statistics, float scale_log2,
+                                                        const float (&scores)[kQueries / 2], EarlyOffsets& early,
+                                                        const Storage& storage, int query_slot, int slot, float scale_log2,
                                                         const uint32_t (&exists)[2]) {
+        if constexpr (kRelativePosition) {
 #pragma unroll
-        for (int i = 0; i < kQueries / 8; i++) {
-            const float2 offset = i < kEarlyOffsets ? early_offsets[i] : statistics[4 * i + threadIdx.x % 4].offset;
+            for (int step = 0; step < kQueries / 16; step++) {
+                const float4 four = step < kEarlyFours ? early[step] : storage.bias[slot].four_offsets(step);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const float x = exp2_approximate(fmaf(scores[4 * i + 2 * j], scale_log2, -offset.x));
-                const float y = exp2_approximate(fmaf(scores[4 * i + 2 * j + 1], scale_log2, -offset.y));
-                weights[i / 2][i % 2 * 2 + j] = pack<T>(x, y) & exists[j];
+                for (int i = 0; i < 4; i++) {
+                    const float2 offset = i < 2 ? make_float2(four.x, four.y) : make_float2(four.z, four.w);
+                    const float x = exp2_approximate(fmaf(scores[8 * step + 2 * i], scale_log2, -offset.x));
+                    const float y = exp2_approximate(fmaf(scores[8 * step + 2 * i + 1], scale_log2, -offset.y));
+                    weights[step][i] = pack<T>(x, y) & exists[i % 2];
+                }
+            }
+        } else {
+            const PairStatistics* const statistics = storage.statistics[query_slot];
+#pragma unroll
+            for (int i = 0; i < kQueries / 8; i++) {
+                const float2 offset = i < kEarlyOffsets ? early[i] : statistics[4 * i + threadIdx.x % 4].offset;
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const float x = exp2_approximate(fmaf(scores[4 * i + 2 * j], scale_log2, -offset.x));
+                    const float y = exp2_approximate(fmaf(scores[4 * i + 2 * j + 1], scale_log2, -offset.y));
+                    weights[i / 2][i % 2 * 2 + j] = pack<T>(x, y) & exists[j];
+                }
             }
         }
     }

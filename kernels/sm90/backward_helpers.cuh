@@ -116,6 +116,7 @@ struct FinishQueryGradient {
     };
 
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
+        let_next_kernel_begin();
         const GridParams& grid = params.query_grid;
         const int head = gridDim.y - 1 - blockIdx.y, batch = gridDim.z - 1 - blockIdx.z;
         const BlockCode block = warp_uniform(code_of_block(grid, blockIdx.x / 2));

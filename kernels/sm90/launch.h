@@ -23,8 +23,17 @@ cudaError_t launch_backward_query(const BackwardParams& params, int device, cuda
 template <typename T, int kHeadDim>
 cudaError_t launch_backward_key(const BackwardParams& params, int device, cudaStream_t stream);
 
-// All three gradients at once, of attention without relative position; not the same in every bit from run to run.
+// The head_dims whose fused kernel serves a relative position; the pair serves it at all of them.
+constexpr bool fuses_relative_position(int64_t head_dim) { return head_dim == 64 || head_dim == 80; }
+
+// All gradients at once; not the same in every bit from run to run.
 template <typename T, int kHeadDim>
 cudaError_t launch_backward_fused(const BackwardParams& params, int device, cudaStream_t stream);
+
+// What that launches for a relative position, whatever the head_dim, right before and some time after the fused kernel.
+template <typename T>
+cudaError_t launch_before_relative_position(const BackwardParams& params, cudaStream_t stream);
+template <typename T>
+cudaError_t launch_after_relative_position(const BackwardParams& params, cudaStream_t stream);
 
 }  // namespace sparse_attn

@@ -69,20 +69,36 @@ cudaError_t launch_backward_key(const BackwardParams& params, int device, cudaSt
                                     : launch_key_variant<T, kHeadDim, false, false>(params, device, stream);
 }
 
+template <typename T, int kHeadDim, bool kRelativePosition>
+cudaError_t launch_fused_variant(const BackwardParams& params, int device, cudaStream_t stream) {
+    static std::atomic<uint64_t> allowed{0};
+    using Fused = FusedBackward<T, kHeadDim, kRelativePosition>;
+    return launch_backward<Fused>(backward_fused<T, kHeadDim, kRelativePosition>, one_each(FusedWork::count(params), device),
+                                  params, device, stream, allowed, Start::kOverlapping);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_fused(const BackwardParams& params, int device, cudaStream_t stream) {
+    if (!params.relative_position) return launch_fused_variant<T, kHeadDim, false>(params, device, stream);
+    if constexpr (fuses_relative_position(kHeadDim)) {
+        const cudaError_t error = launch_before_relative_position<T>(params, stream);
+        return error == cudaSuccess ? launch_fused_variant<T, kHeadDim, true>(params, device, stream) : error;
+    }
+    return cudaErrorNotSupported;
+}
+
 template <typename T, int kHeadDim>
 cudaError_t launch_backward_fused(const BackwardParams& params, int device, cudaStream_t stream) {
-    static std::atomic<uint64_t> allowed_before{0}, allowed{0}, allowed_after{0};
+    static std::atomic<uint64_t> allowed_before{0}, allowed_after{0};
     const dim3 half_blocks(2 * params.query_grid.num_blocks, params.query_heads, params.batch);
     cudaError_t error = launch_backward<PrepareBackward<T, kHeadDim>>(prepare_backward<T, kHeadDim>, half_blocks, params,
                                                                       device, stream, allowed_before,
                                                                       Start::kAfterOthers);
+    if (error == cudaSuccess) error = launch_fused<T, kHeadDim>(params, device, stream);
     if (error != cudaSuccess) return error;
-    using Fused = FusedBackward<T, kHeadDim>;
-    error = launch_backward<Fused>(backward_fused<T, kHeadDim>, one_each(Fused::work_count(params), device), params, device,
-                                   stream, allowed, Start::kOverlapping);
-    if (error != cudaSuccess) return error;
-    return launch_backward<FinishQueryGradient<T, kHeadDim>>(finish_query_gradient<T, kHeadDim>, half_blocks, params, device,
-                                                             stream, allowed_after, Start::kOverlapping);
+    error = launch_backward<FinishQueryGradient<T, kHeadDim>>(finish_query_gradient<T, kHeadDim>, half_blocks, params, device,
+                                                              stream, allowed_after, Start::kOverlapping);
+    return error == cudaSuccess && params.relative_position ? launch_after_relative_position<T>(params, stream) : error;
 }
 
 }  // namespace sparse_attn

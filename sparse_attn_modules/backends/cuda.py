@@ -26,9 +26,13 @@ _MAX_BATCH = 65535  # what a launch's second and third dimension hold
 TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1))
 _RELATIVE_POSITION_TILE = TILES[0]
 _NATIVE_HEAD_DIMS = (32, 64, 80, 96, 128)
+_FUSED_RELATIVE_POSITION_HEAD_DIMS = (64, 80)  # as in kernels/sm90/launch.h
+# The kernel takes 1 / scale apart into two numbers of the inputs' precision, which in float16 must be in its range.
+_FUSED_RELATIVE_POSITION_SCALES = (2.0**-10, 2.0**4)
 # Key blocks per query block, on average, from which on the fused backward kernel is faster than the pair: what it does
 # once for a block of queries is then worth it. Measured on an H200; head_dim and the number of tokens hardly matter.
 _FUSED_KEY_BLOCKS = 4.5
+_FUSED_KEY_BLOCKS_RELATIVE_POSITION = 5
 _MAX_KNOWN_DENSITIES = 256
 _MAX_TILES = (8192, 65536)  # rows and columns that a block's packed coordinates hold
 _LEAST_SCALE = 2.0**-110  # its inverse and its logarithm must be floats; smaller ones make all weights equal anyway
@@ -44,7 +48,7 @@ _library.define(
     "backward_sm90(Tensor query, Tensor key, Tensor value, Tensor grad_out, Tensor out, Tensor lse, Tensor? grad_lse, "
     "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) statistics, "
     "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, Tensor(g!)? rel_w_sums, Tensor(h!)? grad_query_sums, "
-    "Tensor(i!)? blocks_taken, Tensor? key_counts, Tensor? key_indices, "
+    "Tensor(i!)? blocks_taken, Tensor(j!)? rel_offsets, Tensor(k!)? rel_sums, Tensor? key_counts, Tensor? key_indices, "
     "Tensor? row_order, Tensor? query_counts, Tensor? query_indices, Tensor? rel_h, Tensor? rel_w, "
     "Tensor? key_padding_mask, Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, "
     "float dropout_p) -> ()"
@@ -136,16 +140,26 @@ def _launch_backward(
     places = (*query.shape[:2], query_grid.num_blocks)
     statistics = query.new_empty(*places, _BLOCK_TOKENS // 2, 4, dtype=torch.float32)
     rel_h, rel_w = inputs.rel_h, inputs.rel_w
-    grad_rel_h = grad_rel_w = rel_w_sums = None
+    fuses = _fuses(inputs)
+
+    def workspace(*shape: int) -> Tensor:
+        return query.new_empty(*places, *shape, dtype=torch.float32)
+
+    grad_rel_h = grad_rel_w = rel_w_sums = rel_offsets = rel_sums = None
     if rel_h is not None and rel_w is not None:
         grad_rel_h, grad_rel_w = (rel.new_empty(rel.shape) for rel in (rel_h, rel_w))
-        sums = (key_grid.tile_columns, _BLOCK_TOKENS * _RELATIVE_POSITION_TILE[1])
-        rel_w_sums = query.new_empty(*places, *sums, dtype=torch.float32)
+        height, width = _RELATIVE_POSITION_TILE
+        rows, columns = -(-key_grid.height // height), key_grid.tile_columns
+        if fuses:
+            extra = 1 if key_grid.prefix or key_grid.suffix else 0
+            rel_offsets = workspace(rows + extra, _BLOCK_TOKENS * height)
+            rel_sums = workspace(rows + columns * (width // 8), _BLOCK_TOKENS * 8)
+        else:
+            rel_w_sums = workspace(columns, _BLOCK_TOKENS * width)
         rel_h, rel_w = _aligned(rel_h), _aligned(rel_w)
     grad_query_sums = blocks_taken = None
-    if _fuses(inputs):
-        native = next(head_dim for head_dim in _NATIVE_HEAD_DIMS if query.shape[3] <= head_dim)
-        grad_query_sums = query.new_empty(*places, _BLOCK_TOKENS, native, dtype=torch.float32)
+    if fuses:
+        grad_query_sums = workspace(_BLOCK_TOKENS, _native_head_dim(query.shape[3]))
         blocks_taken = query.new_empty(1, dtype=torch.int32)
     lists: tuple[Tensor | None, ...] = (None,) * 5
     if not inputs.is_dense:
@@ -166,6 +180,8 @@ def _launch_backward(
         rel_w_sums,
         grad_query_sums,
         blocks_taken,
+        rel_offsets,
+        rel_sums,
         *lists,
         rel_h,
         rel_w,
@@ -185,16 +201,33 @@ def _fuses(inputs: AttentionInputs) -> bool:
 
     The deterministic pair of kernels has less to do per block of queries, and is faster where those see few keys.
     """
-    if inputs.rel_h is not None or inputs.dropout_p > 0 or torch.are_deterministic_algorithms_enabled():
+    if not _can_fuse(inputs) or torch.are_deterministic_algorithms_enabled():
         return False
     if 0 in inputs.query.shape[:3] or inputs.key.shape[2] == 0:
         return False
+    least = _FUSED_KEY_BLOCKS if inputs.rel_h is None else _FUSED_KEY_BLOCKS_RELATIVE_POSITION
     if inputs.is_dense:
-        return _grids(inputs)[1].num_blocks >= _FUSED_KEY_BLOCKS
+        return _grids(inputs)[1].num_blocks >= least
     density, num_key_blocks = inputs.density, inputs.key_grid.num_blocks
     if density is None:
         density = _known_density(inputs.key_counts, num_key_blocks)
-    return density is not None and density * num_key_blocks >= _FUSED_KEY_BLOCKS
+    return density is not None and density * num_key_blocks >= least
+
+
+def _can_fuse(inputs: AttentionInputs) -> bool:
+    """Whether there is a fused kernel for it."""
+    if inputs.dropout_p > 0:
+        return False
+    if inputs.rel_h is None:
+        return True
+    least, most = _FUSED_RELATIVE_POSITION_SCALES
+    has_head_dim = _native_head_dim(inputs.query.shape[3]) in _FUSED_RELATIVE_POSITION_HEAD_DIMS
+    return has_head_dim and (least <= abs(inputs.scale) <= most or abs(inputs.scale) < _LEAST_SCALE)
+
+
+def _native_head_dim(head_dim: int) -> int:
+    """The one that the kernels run it as."""
+    return next(native for native in _NATIVE_HEAD_DIMS if head_dim <= native)
 
 
 class _Density:
