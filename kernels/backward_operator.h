@@ -48,21 +48,22 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     const int64_t batch = query.size(0), heads = query.size(1), head_dim = query.size(3), key_heads = key.size(1);
     const int64_t query_tokens = tokens(params.query_grid), key_tokens = tokens(params.key_grid);
     const int64_t query_blocks = params.query_grid.num_blocks, key_blocks = params.key_grid.num_blocks;
+    const ScalarType dtype = dtype_of(query);
     const std::vector<int64_t> query_shape{batch, heads, query_tokens, head_dim};
     const std::vector<int64_t> key_shape{batch, key_heads, key_tokens, head_dim};
-    check_shape("query", query, query_shape);
-    check_shape("key", key, key_shape);
-    check_shape("value", value, key_shape);
-    check_shape("grad_out", grad_out, query_shape);
-    check_shape("out", out, query_shape);
-    check_shape("grad_query", grad_query, query_shape);
-    check_shape("grad_key", grad_key, key_shape);
-    check_shape("grad_value", grad_value, key_shape);
-    check_shape("lse", lse, {batch, heads, query_tokens});
-    check_shape("statistics", statistics, {batch, heads, query_blocks, kBlockTokens / 2, 4});
+    check_tensor("query", query, dtype, query_shape);
+    check_tensor("key", key, dtype, key_shape);
+    check_tensor("value", value, dtype, key_shape);
+    check_tensor("grad_out", grad_out, dtype, query_shape);
+    check_tensor("out", out, dtype, query_shape);
+    check_tensor("grad_query", grad_query, dtype, query_shape);
+    check_tensor("grad_key", grad_key, dtype, key_shape);
+    check_tensor("grad_value", grad_value, dtype, key_shape);
+    check_tensor("lse", lse, ScalarType::Float, {batch, heads, query_tokens});
+    check_tensor("statistics", statistics, ScalarType::Float, {batch, heads, query_blocks, kBlockTokens / 2, 4});
     check_contiguous("lse", lse);
     check_contiguous("statistics", statistics);
-    check_sizes(batch, heads, head_dim, scale);
+    check_sizes(batch, heads, key_heads, head_dim, scale);
     if (batch == 0 || heads == 0) return;
 
     params.batch = int(batch);
@@ -73,7 +74,7 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     params.inverse_scale = float(1.0 / scale);
     params.lse = static_cast<const float*>(lse.mutable_data_ptr());
     params.statistics = static_cast<float*>(statistics.mutable_data_ptr());
-    if (grad_lse.has_value()) check_shape("grad_lse", *grad_lse, {batch, heads, query_tokens});
+    if (grad_lse.has_value()) check_tensor("grad_lse", *grad_lse, ScalarType::Float, {batch, heads, query_tokens});
     check_contiguous("grad_lse", grad_lse);
     params.grad_lse = pointer<float>(grad_lse);
 
@@ -88,14 +89,15 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     params.grad_query = encode("grad_query", grad_query, params.query_grid);
     params.grad_key = encode("grad_key", grad_key, params.key_grid);
     params.grad_value = encode("grad_value", grad_value, params.key_grid);
+    STD_TORCH_CHECK(rel_h.has_value() == rel_w.has_value(), "block_sparse_attention: rel_h must come with rel_w");
     if (rel_h.has_value()) {
         const GridParams& grid = params.key_grid;
         STD_TORCH_CHECK(grid.tile_height == 8 && grid.tile_width == 16,
                         "block_sparse_attention: key_grid must have tiles of 8 x 16 for a relative position");
-        check_shape("rel_h", *rel_h, {batch, heads, query_tokens, grid.height});
-        check_shape("rel_w", *rel_w, {batch, heads, query_tokens, grid.width});
-        check_shape("grad_rel_h", *grad_rel_h, {batch, heads, query_tokens, grid.height});
-        check_shape("grad_rel_w", *grad_rel_w, {batch, heads, query_tokens, grid.width});
+        check_tensor("rel_h", *rel_h, dtype, {batch, heads, query_tokens, grid.height});
+        check_tensor("rel_w", *rel_w, dtype, {batch, heads, query_tokens, grid.width});
+        check_tensor("grad_rel_h", *grad_rel_h, dtype, {batch, heads, query_tokens, grid.height});
+        check_tensor("grad_rel_w", *grad_rel_w, dtype, {batch, heads, query_tokens, grid.width});
         check_contiguous("grad_rel_h", grad_rel_h);
         check_contiguous("grad_rel_w", grad_rel_w);
         params.grad_rel_h = pointer<void>(grad_rel_h);
@@ -110,35 +112,34 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
             STD_TORCH_CHECK(fuses_relative_position(native_head_dim(head_dim, false)),
                             "block_sparse_attention: grad_query_sums must not come with a relative position, got head_dim ",
                             head_dim);
-            check_shape("rel_offsets", *rel_offsets,
+            check_tensor("rel_offsets", *rel_offsets, ScalarType::Float,
                         {batch, heads, query_blocks, rows + extra, kBlockTokens * grid.tile_height});
-            check_shape("rel_sums", *rel_sums,
+            check_tensor("rel_sums", *rel_sums, ScalarType::Float,
                         {batch, heads, query_blocks, rows + 2 * grid.tile_columns, kBlockTokens * 8});
             check_contiguous("rel_offsets", rel_offsets);
             check_contiguous("rel_sums", rel_sums);
             params.rel_offsets = pointer<float>(rel_offsets);
             params.rel_sums = pointer<float>(rel_sums);
         } else {
-            check_shape("rel_w_sums", *rel_w_sums,
+            check_tensor("rel_w_sums", *rel_w_sums, ScalarType::Float,
                         {batch, heads, query_blocks, grid.tile_columns, kBlockTokens * grid.tile_width});
             check_contiguous("rel_w_sums", rel_w_sums);
             params.rel_w_sums = pointer<float>(rel_w_sums);
         }
     }
-    const Lists keys = index_lists("key_counts, key_indices", key_counts, key_indices, query_blocks, key_blocks);
+    const Lists keys = index_lists("key_counts, key_indices", key_counts, key_indices, batch, heads, query_blocks, key_blocks);
     params.key_counts = keys.counts;
     params.key_indices = keys.indices;
     params.list_batch_stride = keys.batch_stride;
     params.list_head_stride = keys.head_stride;
-    check_contiguous("row_order", row_order);
-    params.row_order = pointer<int32_t>(row_order);
+    params.row_order = row_order_pointer(row_order, key_counts);
     const Lists queries =
-        index_lists("query_counts, query_indices", query_counts, query_indices, key_blocks, query_blocks);
+        index_lists("query_counts, query_indices", query_counts, query_indices, batch, heads, key_blocks, query_blocks);
     params.query_counts = queries.counts;
     params.query_indices = queries.indices;
     params.query_list_batch_stride = queries.batch_stride;
     params.query_list_head_stride = queries.head_stride;
-    if (key_padding_mask.has_value()) check_shape("key_padding_mask", *key_padding_mask, {batch, key_tokens});
+    if (key_padding_mask.has_value()) check_tensor("key_padding_mask", *key_padding_mask, ScalarType::Bool, {batch, key_tokens});
     check_contiguous("key_padding_mask", key_padding_mask);
     params.key_padding = pointer<uint8_t>(key_padding_mask);
     params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
@@ -147,9 +148,9 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     if (grad_query_sums.has_value()) {
         STD_TORCH_CHECK(!dropout_seed.has_value() && blocks_taken.has_value(),
                         "block_sparse_attention: grad_query_sums must come with blocks_taken and no dropout");
-        check_shape("grad_query_sums", *grad_query_sums,
+        check_tensor("grad_query_sums", *grad_query_sums, ScalarType::Float,
                     {batch, heads, query_blocks, kBlockTokens, native_head_dim(head_dim, false)});
-        check_shape("blocks_taken", *blocks_taken, {1});
+        check_tensor("blocks_taken", *blocks_taken, ScalarType::Int, {1});
         check_contiguous("grad_query_sums", grad_query_sums);
         params.grad_query_sums = pointer<float>(grad_query_sums);
         params.blocks_taken = pointer<int>(blocks_taken);
@@ -157,7 +158,7 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
 
     const int32_t device = query.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    const bool is_bfloat16 = query.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+    const bool is_bfloat16 = dtype == ScalarType::BFloat16;
     const int64_t native = native_head_dim(head_dim, params.dropout.seed != nullptr);
     const BackwardLaunches launches = is_bfloat16 ? backward_for<__nv_bfloat16>(native) : backward_for<__half>(native);
     const cudaStream_t stream = current_stream(device);

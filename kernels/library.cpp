@@ -11,7 +11,6 @@
 namespace sparse_attn {
 namespace {
 
-using torch::headeronly::ScalarType;
 
 using Launch = cudaError_t (*)(const ForwardParams&, int, cudaStream_t);
 
@@ -51,11 +50,12 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     params.key_grid = grid_params("key_grid", key_grid);
     const int64_t batch = query.size(0), heads = query.size(1), head_dim = query.size(3), key_heads = key.size(1);
     const int64_t query_tokens = tokens(params.query_grid), key_tokens = tokens(params.key_grid);
-    check_shape("query", query, {batch, heads, query_tokens, head_dim});
-    check_shape("key", key, {batch, key_heads, key_tokens, head_dim});
-    check_shape("value", value, {batch, key_heads, key_tokens, head_dim});
-    check_shape("out", out, {batch, heads, query_tokens, head_dim});
-    check_sizes(batch, heads, head_dim, scale);
+    const ScalarType dtype = dtype_of(query);
+    check_tensor("query", query, dtype, {batch, heads, query_tokens, head_dim});
+    check_tensor("key", key, dtype, {batch, key_heads, key_tokens, head_dim});
+    check_tensor("value", value, dtype, {batch, key_heads, key_tokens, head_dim});
+    check_tensor("out", out, dtype, {batch, heads, query_tokens, head_dim});
+    check_sizes(batch, heads, key_heads, head_dim, scale);
     if (batch == 0 || heads == 0) return;
 
     params.batch = int(batch);
@@ -63,8 +63,8 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     params.heads_per_key_head = int(heads / key_heads);
     set_scale(params, scale);
 
-    const Lists lists = index_lists("key_counts, key_indices", key_counts, key_indices, params.query_grid.num_blocks,
-                                    params.key_grid.num_blocks);
+    const Lists lists = index_lists("key_counts, key_indices", key_counts, key_indices, batch, heads,
+                                    params.query_grid.num_blocks, params.key_grid.num_blocks);
     params.key_counts = lists.counts;
     params.key_indices = lists.indices;
     params.list_batch_stride = lists.batch_stride;
@@ -76,21 +76,23 @@ void forward_sm90(const Tensor& query, const Tensor& key, const Tensor& value, c
     params.key = encode_tokens("key", key, params.key_grid, 64, true);
     params.value = encode_tokens("value", value, params.key_grid, 64, true);
     params.out = encode_tokens("out", out, params.query_grid, 64, true, 2);
+    STD_TORCH_CHECK(rel_h.has_value() == rel_w.has_value(), "block_sparse_attention: rel_h must come with rel_w");
     if (rel_h.has_value()) {
         STD_TORCH_CHECK(params.key_grid.tile_height == 8 && params.key_grid.tile_width == 16,
                         "block_sparse_attention: key_grid must have tiles of 8 x 16 for a relative position");
-        check_shape("rel_h", *rel_h, {batch, heads, query_tokens, params.key_grid.height});
-        check_shape("rel_w", *rel_w, {batch, heads, query_tokens, params.key_grid.width});
+        check_tensor("rel_h", *rel_h, dtype, {batch, heads, query_tokens, params.key_grid.height});
+        check_tensor("rel_w", *rel_w, dtype, {batch, heads, query_tokens, params.key_grid.width});
         params.rel_h = encode_tokens("rel_h", *rel_h, params.query_grid, params.key_grid.tile_height, false);
         params.rel_w = encode_tokens("rel_w", *rel_w, params.query_grid, params.key_grid.tile_width, false);
         params.relative_position = true;
     }
-    check_contiguous("row_order", row_order);
-    params.row_order = pointer<int32_t>(row_order);
-    if (key_padding_mask.has_value()) check_shape("key_padding_mask", *key_padding_mask, {batch, key_tokens});
+    params.row_order = row_order_pointer(row_order, key_counts);
+    if (key_padding_mask.has_value()) check_tensor("key_padding_mask", *key_padding_mask, ScalarType::Bool, {batch, key_tokens});
     check_contiguous("key_padding_mask", key_padding_mask);
     params.key_padding = pointer<uint8_t>(key_padding_mask);
     params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
+    if (lse.has_value()) check_tensor("lse", *lse, ScalarType::Float, {batch, heads, query_tokens});
+    check_contiguous("lse", lse);
     params.lse = pointer<float>(lse);
     params.dropout = dropout_params(dropout_seed, dropout_p);
     launch(params, query, device);
@@ -105,13 +107,14 @@ void forward_windows_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     constexpr int kTileHeight = 8, kTileWidth = 16;
     const GridParams image = grid_params("grid", {grid[0], grid[1], 0, 0, kTileHeight, kTileWidth});
     const int64_t batch = query.size(0), heads = query.size(1), head_dim = query.size(3), key_heads = key.size(1);
-    check_shape("query", query, {batch, heads, tokens(image), head_dim});
-    check_shape("key", key, {batch, key_heads, tokens(image), head_dim});
-    check_shape("value", value, {batch, key_heads, tokens(image), head_dim});
-    check_shape("out", out, {batch, heads, tokens(image), head_dim});
+    const ScalarType dtype = dtype_of(query);
+    check_tensor("query", query, dtype, {batch, heads, tokens(image), head_dim});
+    check_tensor("key", key, dtype, {batch, key_heads, tokens(image), head_dim});
+    check_tensor("value", value, dtype, {batch, key_heads, tokens(image), head_dim});
+    check_tensor("out", out, dtype, {batch, heads, tokens(image), head_dim});
     const int64_t columns = (grid[1] + window[1] - 1) / window[1];
     const int64_t per_image = columns * ((grid[0] + window[0] - 1) / window[0]);
-    check_sizes(batch * per_image, heads, head_dim, scale);
+    check_sizes(batch * per_image, heads, key_heads, head_dim, scale);
     if (query.numel() == 0) return;
 
     ForwardParams params{};
@@ -137,9 +140,10 @@ void forward_windows_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     const int last_width = params.query_grid.width - (params.query_grid.tile_columns - 1) * kTileWidth;
     params.out.image = encode_part("out", out, all, {64, last_width, 1}, true);
     params.windows.out_row = encode_part("out", out, all, {64, kTileWidth, 1}, true);
+    STD_TORCH_CHECK(rel_h.has_value() == rel_w.has_value(), "block_sparse_attention: rel_h must come with rel_w");
     if (rel_h.has_value()) {
-        check_shape("rel_h", *rel_h, {batch, heads, tokens(image), window[0]});
-        check_shape("rel_w", *rel_w, {batch, heads, tokens(image), window[1]});
+        check_tensor("rel_h", *rel_h, dtype, {batch, heads, tokens(image), window[0]});
+        check_tensor("rel_w", *rel_w, dtype, {batch, heads, tokens(image), window[1]});
         params.rel_h = encode_tokens("rel_h", *rel_h, image, kTileHeight, false);
         params.rel_w = encode_tokens("rel_w", *rel_w, image, kTileWidth, false);
         params.relative_position = true;

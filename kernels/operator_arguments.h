@@ -19,6 +19,7 @@
 
 namespace sparse_attn {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // With which the kernels divide by a number above 1: ceil(2^32 / divisor).
@@ -60,20 +61,33 @@ inline bool has_ragged_blocks(const GridParams& grid) {
 
 inline int64_t tokens(const GridParams& grid) { return grid.prefix + int64_t(grid.height) * grid.width + grid.suffix; }
 
-inline void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) {
+// A size that is negative is any.
+inline void check_tensor(const char* name, const Tensor& tensor, ScalarType type, const std::vector<int64_t>& expected) {
     bool matches = tensor.dim() == int64_t(expected.size());
     for (size_t i = 0; matches && i < expected.size(); i++) {
         matches = expected[i] < 0 || tensor.size(int64_t(i)) == expected[i];
     }
     STD_TORCH_CHECK(matches, "block_sparse_attention: ", name, " must have the shape its grid and query ask for");
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.scalar_type() == type, "block_sparse_attention: ", name,
+                    " must be on the GPU, in the dtype that is computed with");
 }
 
-inline void check_sizes(int64_t batch, int64_t heads, int64_t head_dim, double scale) {
+// The dtype of a call, which must be one that kernels are compiled for.
+inline ScalarType dtype_of(const Tensor& query) {
+    const ScalarType dtype = query.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                    "block_sparse_attention: query must be bfloat16 or float16");
+    return dtype;
+}
+
+inline void check_sizes(int64_t batch, int64_t heads, int64_t key_heads, int64_t head_dim, double scale) {
     STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim > 0 && head_dim <= 128,
                     "block_sparse_attention: head_dim must be a multiple of 8 up to 128, got ", head_dim);
     STD_TORCH_CHECK(scale > 0, "block_sparse_attention: scale must be positive, got ", scale);
     STD_TORCH_CHECK(heads <= 65535 && batch <= 65535, "block_sparse_attention: query must have up to 65535 batch entries"
                     " and heads, got ", batch, " and ", heads);
+    STD_TORCH_CHECK(heads == 0 || (key_heads > 0 && heads % key_heads == 0),
+                    "block_sparse_attention: query must have a multiple of the key's heads, got ", heads, " and ", key_heads);
 }
 
 inline void check_contiguous(const char* name, const std::optional<Tensor>& tensor) {
@@ -94,21 +108,31 @@ struct Lists {
 };
 
 inline Lists index_lists(const char* name, const std::optional<Tensor>& counts, const std::optional<Tensor>& indices,
-                         int64_t rows, int64_t entries) {
+                         int64_t batch, int64_t heads, int64_t rows, int64_t entries) {
     if (!counts.has_value()) return {};
-    check_shape(name, *counts, {-1, -1, rows});
-    check_shape(name, *indices, {-1, -1, rows, entries});
+    const int64_t own_batch = counts->size(0), own_heads = counts->size(1);
+    STD_TORCH_CHECK(indices.has_value() && (own_batch == 1 || own_batch == batch) && (own_heads == 1 || own_heads == heads),
+                    "block_sparse_attention: ", name, " must be for every batch entry and head, or for all at once");
+    check_tensor(name, *counts, ScalarType::Int, {own_batch, own_heads, rows});
+    check_tensor(name, *indices, ScalarType::Int, {own_batch, own_heads, rows, entries});
     check_contiguous(name, counts);
     check_contiguous(name, indices);
-    const int64_t heads = counts->size(1);
-    return {pointer<int32_t>(counts), pointer<int32_t>(indices), counts->size(0) > 1 ? int(heads * rows) : 0,
-            heads > 1 ? int(rows) : 0};
+    return {pointer<int32_t>(counts), pointer<int32_t>(indices), own_batch > 1 ? int(own_heads * rows) : 0,
+            own_heads > 1 ? int(rows) : 0};
+}
+
+// In the shape of the counts of the lists that it orders.
+inline int32_t* row_order_pointer(const std::optional<Tensor>& row_order, const std::optional<Tensor>& counts) {
+    if (!row_order.has_value() || !counts.has_value()) return nullptr;
+    check_tensor("row_order", *row_order, ScalarType::Int, {counts->size(0), counts->size(1), counts->size(2)});
+    check_contiguous("row_order", row_order);
+    return pointer<int32_t>(row_order);
 }
 
 inline DropoutParams dropout_params(const std::optional<Tensor>& seed, double dropout_p) {
     constexpr uint32_t kResolution = 1 << 24;
     if (!seed.has_value()) return {};
-    check_shape("dropout_seed", *seed, {1});
+    check_tensor("dropout_seed", *seed, ScalarType::Long, {1});
     DropoutParams params{};
     params.seed = pointer<int64_t>(seed);
     params.threshold = uint32_t(std::nearbyint(dropout_p * kResolution));
@@ -132,6 +156,7 @@ inline cudaStream_t current_stream(int32_t device) {
 }
 
 inline void check_launch(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();  // or the next launch would be blamed for it
     STD_TORCH_CHECK(error == cudaSuccess, "block_sparse_attention: the kernel must launch, got ",
                     cudaGetErrorString(error));
 }

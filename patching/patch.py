@@ -15,7 +15,7 @@ from .adapters import LeftAlone, Replaceable, Site
 from .calibrated_layers import hand_out_calibrated
 from .grids import GridSource, remove_sources
 from .selection import DenseOnFewTiles, Include, Selection
-from .walk import Original, Slot, adopt, attention_slots, inspect, original_of
+from .walk import Original, Slot, adopt, attention_slots, inspect
 from .window_blocks import fit_window_blocks
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -68,7 +68,7 @@ def patch_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model: model must be a torch.nn.Module, got {type(model).__name__}")
-    if inspect(Site("", model, ())) is not None or original_of(model) is not None:
+    if inspect(Site("", model, ())) is not None or isinstance(model, SparseAttention):
         raise ValueError(
             "patch_model: model must contain attention layers, got one; use the from_module of ViTSparseAttention, "
             "SAMAttentionSparse or SparseMultiheadAttention"

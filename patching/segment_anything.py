@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..modules import SAMAttentionSparse
+from ..modules import SAMAttentionSparse, head_dim_of
 from ..token_grid import TokenGrid
 from .adapters import LeftAlone, Replaceable, Site, loaded_class, loaded_classes
 
@@ -22,8 +22,7 @@ def inspect(site: Site) -> Replaceable | LeftAlone | None:
         if type(layer) is not known:
             return LeftAlone(f"SAM {type(layer).__name__}", "it is a subclass of segment_anything's Attention")
         build = partial(SAMAttentionSparse.from_module, layer)
-        head_dim = round(layer.scale**-2)
-        return Replaceable("SAM Attention", layer.num_heads, head_dim, build, partial(_geometry, site))
+        return Replaceable("SAM Attention", layer.num_heads, head_dim_of(layer), build, partial(_geometry, site))
     if type(layer) is loaded_class("segment_anything.modeling.transformer", "Attention"):
         return LeftAlone("SAM decoder Attention", "one of its sides is a handful of prompt tokens")
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ..modules import SAMAttentionSparse, ViTSparseAttention
+from ..modules import SAMAttentionSparse, ViTSparseAttention, head_dim_of
 from ..token_grid import TokenGrid
 from .adapters import LeftAlone, Replaceable, Site, loaded_class, loaded_classes
 from .grids import GridSource
@@ -82,7 +82,7 @@ def _inspect_vit(site: Site, kind: str) -> Replaceable | LeftAlone:
     def build(pattern: Any, backend: Any, compute_dtype: Any) -> ViTSparseAttention:
         return ViTSparseAttention.from_module(layer, pattern, source, backend, compute_dtype)
 
-    return Replaceable(kind, layer.num_heads, round(layer.scale**-2), build, geometry, source)
+    return Replaceable(kind, layer.num_heads, head_dim_of(layer), build, geometry, source)
 
 
 def _inspect_sam(site: Site, kind: str) -> Replaceable | LeftAlone:
@@ -93,7 +93,7 @@ def _inspect_sam(site: Site, kind: str) -> Replaceable | LeftAlone:
     source = None if model is None else site.source(model.patch_embed, prefix=0)
     build = partial(SAMAttentionSparse.from_module, layer)
     geometry = partial(windows_of, source, window)
-    return Replaceable(kind, layer.num_heads, round(layer.scale**-2), build, geometry, source)
+    return Replaceable(kind, layer.num_heads, head_dim_of(layer), build, geometry, source)
 
 
 def windows_of(source: GridSource | None, window: int) -> tuple[TokenGrid, int] | None:

@@ -79,8 +79,8 @@ def _products(
         rel_h = torch.bmm(by_row, rows.mT)
         rel_w = query.new_empty(batch * height, width * heads, columns.shape[1])
         torch.bmm(by_row.transpose(0, 1), columns.mT, out=rel_w.transpose(0, 1))
-    shape = batch, height * width, heads, -1
-    return rel_h.view(shape), rel_w.view(shape)
+    rel_h, rel_w = (rel.view(batch, height * width, heads, rel.shape[2]) for rel in (rel_h, rel_w))
+    return rel_h, rel_w
 
 
 def _gradients(
@@ -100,21 +100,22 @@ def _gradients(
         grad_table_h, grad_table_w = torch.zeros_like(table_h), torch.zeros_like(table_w)
         if grad_h is not None:
             axis = _Axis(height, window[0], images=batch)
-            grad = grad_h.reshape(batch * height, width * heads, -1)
+            grad = grad_h.reshape(batch * height, width * heads, grad_h.shape[3])
             torch.bmm(grad, _gather(table_h, axis, query.dtype), out=grad_query)
             grad_table_h = _scattered(torch.bmm(grad.mT, by_row), axis, table_h)
         if grad_w is not None:
             axis = _Axis(width, window[1], heads=heads)
-            grad = grad_w.reshape(batch * height, width * heads, -1).transpose(0, 1)
+            grad = grad_w.reshape(batch * height, width * heads, grad_w.shape[3]).transpose(0, 1)
             grad_query.transpose(0, 1).baddbmm_(grad, _gather(table_w, axis, query.dtype))
             grad_table_w = _scattered(torch.bmm(grad.mT, by_row.transpose(0, 1)), axis, table_w)
-    return grad_query.view(batch, height * width, heads, -1), grad_table_h, grad_table_w
+    return grad_query.view(batch, height * width, heads, query.shape[3]), grad_table_h, grad_table_w
 
 
 def _by_row(query: Tensor, height: int) -> Tensor:
     """``[B, H, N, D]`` as a matrix for each row of patches: ``[B · height, width · H, D]``, a view where possible."""
     tokens_first = query.transpose(1, 2).contiguous()  # [B, N, H, D]
-    return tokens_first.view(query.shape[0] * height, -1, query.shape[3])
+    batch, heads, tokens, head_dim = query.shape
+    return tokens_first.view(batch * height, tokens // height * heads, head_dim)
 
 
 class _Axis(NamedTuple):
@@ -136,7 +137,11 @@ def _gather(table: Tensor, axis: _Axis, dtype: torch.dtype) -> Tensor:
     distances = 2 * axis.period - 1
     if table.shape[0] != distances:
         table = F.interpolate(table.T[None], size=distances, mode="linear")[0].T
-    return table.to(dtype).index_select(0, _distances(axis, table.device)).unflatten(0, (-1, axis.keys))
+    return (
+        table.to(dtype)
+        .index_select(0, _distances(axis, table.device))
+        .unflatten(0, (axis.images * axis.size * axis.heads, axis.keys))
+    )
 
 
 @lru_cache(maxsize=64)

@@ -348,6 +348,18 @@ def test_activation_checkpointing_behind_a_patch_embedding_without_gradients():
         loss.backward()
 
 
+def test_a_scale_that_was_changed_changes_nothing_but_the_logits():
+    model = dynamic_vit()
+    reported = str(patch_report(patch_model(copy.deepcopy(model))))
+    for block in model.blocks:
+        block.attn.scale = 0.05
+        block.attn.fused_attn = False  # timm's fused attention passes over the scale
+    x = torch.randn(1, 3, 68, 160, dtype=torch.float64)
+    expected = model(x)
+    torch.testing.assert_close(patch_model(model)(x), expected)
+    assert str(patch_report(model)) == reported
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_rope_224"])
 def test_dropped_tokens_get_dense_attention_and_one_warning(name, caplog):
     model = create(name, {"patch_size": 4, "img_size": (68, 160), "patch_drop_rate": 0.37}).train()

@@ -267,6 +267,17 @@ def test_follows_tables_however_they_are_written(write, window_size, mode):
     assert not torch.allclose(found, before)
 
 
+@pytest.mark.parametrize("window_size", [0, 3])
+def test_no_images(window_size):
+    module = SAMAttentionSparse(DIM, HEADS, use_rel_pos=True, input_size=(4, 4))
+    x = torch.randn(0, 4, 4, DIM, requires_grad=True)
+    out = module(x, window_size=window_size)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad is not None
+    assert not module.rel_pos_h.grad.any()
+
+
 def test_calls_the_projection_so_that_adapters_act():
     class Adapted(nn.Module):
         def __init__(self, base):

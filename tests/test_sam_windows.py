@@ -232,6 +232,26 @@ def test_hooks_on_norms_are_called():
     torch.testing.assert_close(seen[1].reshape(seen[0].shape), seen[0])
 
 
+def test_hooks_of_all_modules_see_what_they_saw_in_the_library():
+    block = make_block("timm")
+    seen = []
+
+    def double(module, arguments, output):
+        if isinstance(module, nn.Linear):
+            seen.append(module)
+            return output * 2
+        return None
+
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        x = image(10, 11)
+        expected, projections = block(x), len(seen)
+        torch.testing.assert_close(patched(block)(x), expected)
+        assert len(seen) == 2 * projections
+    finally:
+        handle.remove()
+
+
 def test_float32_is_as_accurate_as_the_original():
     exact = make_block("segment_anything")
     x = torch.randn(2, 10, 11, DIM, dtype=torch.float64)
@@ -381,6 +401,15 @@ def test_blocks_that_may_compute_something_else_are_left_alone():
         SAMWindowBlock.from_module(special)
     with pytest.raises(ValueError, match=r"must have a positive window_size, got 0"):
         SAMWindowBlock.from_module(make_block("timm", window_size=0))
+
+
+def test_a_block_of_a_patched_model_can_be_patched_again():
+    model = patched(make_block("timm"))
+    x = image(10, 11)
+    expected = model(x)
+    assert patch_model(model[0]) is model[0]
+    assert type(model[0]) is SAMWindowBlock
+    assert torch.equal(model(x), expected)
 
 
 def test_unpatching_a_block_from_within():

@@ -21,7 +21,7 @@ name = "cuda"
 
 _BLOCK_TOKENS = 128
 _MAX_HEAD_DIM = 128
-_MAX_BATCH = 65535  # what a launch's second and third dimension hold
+MAX_BATCH = 65535  # what a launch's second and third dimension hold
 # Tiles of a block, the preferred first: the kernels read relative positions of 8×16 keys only.
 TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1))
 _RELATIVE_POSITION_TILE = TILES[0]
@@ -62,8 +62,8 @@ def why_not(request: Request) -> str | None:
         return f"it computes in float16 and bfloat16, got {request.dtype}"
     if request.head_dim % 8 or request.head_dim > _MAX_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {_MAX_HEAD_DIM}, got {request.head_dim}"
-    if request.batch > _MAX_BATCH or request.heads > _MAX_BATCH:
-        return f"a batch may have up to {_MAX_BATCH} entries and as many heads, got {request.batch} × {request.heads}"
+    if request.batch > MAX_BATCH or request.heads > MAX_BATCH:
+        return f"a batch may have up to {MAX_BATCH} entries and as many heads, got {request.batch} × {request.heads}"
     for grid in (request.query_grid, request.key_grid):
         if (reason := _why_not_grid(grid)) is not None:
             return reason

@@ -1,6 +1,6 @@
 """Attention modules with the parameters of the layers they replace."""
 
-from .base import SparseAttention
+from .base import SparseAttention, head_dim_of
 from .multihead import SparseMultiheadAttention
 from .sam import SAMAttentionSparse
 from .sam_block import SAMWindowBlock
@@ -13,5 +13,6 @@ __all__ = [
     "SparseAttention",
     "SparseMultiheadAttention",
     "ViTSparseAttention",
+    "head_dim_of",
     "why_skipping_cannot_pay",
 ]

@@ -23,6 +23,18 @@ _MAX_MASKS = 8  # kept per layer: more than the image sizes of one training run,
 _keeping = threading.Lock()  # of all layers: a layer that held one could not be copied
 
 
+def head_dim_of(layer: Any) -> int:
+    """Channels of each head of an attention layer of timm or segment_anything.
+
+    Most say so, or their projection to query, key and value does. The scale is asked last: it can be set to anything.
+    """
+    head_dim = getattr(layer, "head_dim", None)
+    if isinstance(head_dim, int):
+        return head_dim
+    columns = getattr(getattr(layer, "qkv", None), "out_features", None)
+    return columns // (3 * layer.num_heads) if isinstance(columns, int) else round(layer.scale**-2)
+
+
 class SparseAttention(nn.Module):
     """Base of the attention modules. Holds no parameters of its own and adds nothing to ``state_dict``, but for the
     ``selector`` of a learned pattern.

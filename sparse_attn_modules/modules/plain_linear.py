@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeGuard
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -17,9 +18,11 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of exactly this class, with no hooks and with no forward method put in its place."""
+    """Whether a module is of exactly this class, with no forward method put in its place and no hooks: of its own, or
+    of all modules."""
     return (
         type(module) is kind
+        and not _has_any_global_hook()
         and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks

@@ -26,7 +26,7 @@ from ..relative_position import relative_position
 from ..token_grid import TokenGrid
 from ..window_attention import why_not_in_place, window_attention
 from ..windows import partition, unpartition
-from .base import SparseAttention
+from .base import SparseAttention, head_dim_of
 from .plain_linear import is_plain, is_plain_linear
 
 _NAME = "SAMAttentionSparse"
@@ -148,7 +148,7 @@ class SAMAttentionSparse(SparseAttention):
         self.proj = proj
         self.proj_drop = nn.Identity() if proj_drop is None else proj_drop
         self.rope = rope
-        self._set_heads(num_heads, round(scale**-2))
+        self._set_heads(num_heads, head_dim_of(self))
 
     def forward(
         self,

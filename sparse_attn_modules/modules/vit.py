@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..notices import log_once
 from ..patterns import Dense, Pattern
 from ..token_grid import TokenGrid
-from .base import SparseAttention
+from .base import SparseAttention, head_dim_of
 from .masked import masked_attention
 from .plain_linear import is_plain_linear
 from .rotary import rotate
@@ -163,7 +163,7 @@ class ViTSparseAttention(SparseAttention):
         new._buffers.update(layer._buffers)
         new._non_persistent_buffers_set.update(layer._non_persistent_buffers_set)
         new._modules.update(layer._modules)
-        absent = {**_ABSENT, "num_kv_heads": new.num_heads, "head_dim": round(new.scale**-2)}
+        absent = {**_ABSENT, "num_kv_heads": new.num_heads, "head_dim": head_dim_of(layer)}
         for name, value in absent.items():
             if not hasattr(new, name):
                 setattr(new, name, value)

@@ -46,6 +46,8 @@ def can_choose(queries: Tensor, query_grid: TokenGrid, key_grid: TokenGrid) -> b
     """Whether the kernels run on the device of these tensors and on such grids."""
     if queries.device.type != "cuda" or key_grid.num_blocks > _MAX_BLOCKS or 0 in queries.shape:
         return False
+    if max(queries.shape[:2]) > cuda.MAX_BATCH:
+        return False
     if queries.shape[-1] > _MAX_FEATURES or any(grid.tile not in cuda.TILES for grid in (query_grid, key_grid)):
         return False
     return cuda.runs_on(queries.device)
