@@ -130,7 +130,7 @@ def read(path: Path, transform: Callable[[Any], Tensor]) -> Tensor | None:
     try:
         with Image.open(path) as image:
             return transform(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError):  # what Pillow raises on broken files
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises on what it refuses
         return None
 
 

@@ -89,7 +89,12 @@ def read_images(paths: Sequence[Path], subject: Subject, most: int) -> tuple[lis
         try:
             with Image.open(path) as photograph:
                 found.append(subject.prepare(photograph))
-        except (OSError, ValueError, SyntaxError):  # what Pillow raises on broken files
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ):  # what Pillow raises on what it refuses
             unreadable.append(path)
     if not found:
         raise ValueError(f"choose: images must be readable, got {len(unreadable)} files that are not")

@@ -153,6 +153,16 @@ def test_refuses_before_anything_runs(folder, capsys, monkeypatch, changes, mess
     assert not list((folder / "out").iterdir())
 
 
+def test_an_image_over_the_pixel_limit_cannot_be_read(folder, monkeypatch):
+    Image.new("1", (400, 300)).save(folder / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    subject = choose_inputs.Subject(nn.Identity(), 32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    paths = [folder / "large.png", folder / "photographs" / "a.png"]
+    images, unreadable = choose_inputs.read_images(paths, subject, 2)
+    assert len(images) == 1
+    assert unreadable == paths[:1]
+
+
 def test_names_the_extra_that_is_missing(folder, capsys, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))

@@ -94,6 +94,15 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):
     assert "must be of the images that are there now" in capsys.readouterr().err
 
 
+def test_an_image_over_the_pixel_limit_is_left_out(folder, tmp_path, monkeypatch, capsys):
+    image = pytest.importorskip("PIL.Image")
+    image.new("1", (400, 300)).save(folder / "large.png")
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 50_000)
+    run(folder, tmp_path / "out")
+    assert len(rows(tmp_path / "out")) == 5
+    assert f"could not be read: {folder / 'large.png'}" in capsys.readouterr().out
+
+
 def test_a_folder_without_images(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, tmp_path / "out")
