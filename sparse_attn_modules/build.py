@@ -135,9 +135,9 @@ def build_library(arch: str | None = None, into: str | os.PathLike[str] | None =
                 os.replace(built, library)
             _flush(folder)
     except OSError as error:
+        advice = f"Set {_CACHE_VARIABLE} to a folder of yours" if into is None else "Choose another folder"
         raise BuildError(
-            f"cannot store the compiled kernels in {folder}: {error}. "
-            f"Set {_CACHE_VARIABLE} to a folder of yours with 50 MB of room"
+            f"cannot store the compiled kernels in {folder}: {error}. {advice} with 50 MB of room"
         ) from error
     return library
 

@@ -197,6 +197,14 @@ def test_folder_that_cannot_be_made(cache: Path) -> None:
         build.build_library()
 
 
+def test_given_folder_that_cannot_be_made(cache: Path, tmp_path: Path) -> None:
+    """The cache has no part in it, so it is not named."""
+    (tmp_path / "wheel").write_text("")
+    with pytest.raises(build.BuildError, match="Choose another folder") as raised:
+        build.build_library(into=tmp_path / "wheel")
+    assert "SPARSE_ATTN_MODULES_CACHE" not in str(raised.value)
+
+
 def test_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(source: str, destination: str) -> None:
         raise OSError(28, "No space left on device")
