@@ -43,19 +43,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-
+    for name in ("size", "batch", "shard", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"{name}: must be at least 1, got {getattr(options, name)}")
+    if not 0 < options.density <= 1:
+        parser.error(f"density: must lie in (0, 1], got {options.density}")
+    if options.checkpoint is not None and not options.checkpoint.is_file():
+        parser.error(f"checkpoint: must be a file, got {options.checkpoint}")
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device).cpu()  # which the meta device cannot
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch is built without the device
+        parser.error(f"device: must be one that is here, got {options.device}: {error}")
     paths = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         parser.error(f"images: there must be images in {options.images}, found none")
-    options.output.mkdir(parents=True, exist_ok=True)
-    settings = {"model": options.model, "size": options.size, "density": options.density, "shard": options.shard}
-    check_settings(options.output / "settings.json", settings)
-    device = torch.device(options.device)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"output: must be a folder that can be made, got {options.output}: {error}")
     model, transform = load(options.model, options.size, options.checkpoint, options.random_weights)
     model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     patch_model(model, Dense() if options.density == 1 else LocalWindow(density=options.density))
     width: int = model.num_features
     embed = torch.compile(model, dynamic=True) if options.compile else model
+    settings = {"model": options.model, "size": options.size, "density": options.density, "shard": options.shard}
+    check_settings(options.output / "settings.json", settings)  # now that nothing but images can be wrong
 
     shards = [paths[i : i + options.shard] for i in range(0, len(paths), options.shard)]
     left_out: list[Path] = []
@@ -67,9 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
             target = options.output / f"{number:05}.safetensors"
             names = [str(path.relative_to(options.images)) for path in shard]
             if target.exists():
-                if names != names_in(target)[0]:
+                names_before, missing = names_in(target)
+                if names != names_before:
                     parser.error(f"output: {target} must be of the images that are there now; choose another folder")
-                left_out += [options.images / name for name in names_in(target)[1]]
+                left_out += [options.images / name for name in missing]
                 progress.update(len(shard))
                 continue
             found: list[Tensor] = []
@@ -102,12 +116,16 @@ def load(name: str, size: int, checkpoint: Path | None, random_weights: bool) ->
 
 def check_settings(path: Path, settings: dict[str, object]) -> None:
     """Embeddings made with other settings must not end up in one folder."""
-    if path.exists():
+    try:
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(settings))
+            unfinished.replace(path)
         before = json.loads(path.read_text())
-        if before != settings:
-            sys.exit(f"embed_folder: output must be made with {before}, got {settings}")
-    else:
-        path.write_text(json.dumps(settings))
+    except (OSError, ValueError) as error:  # the latter if it is no JSON, or no text
+        sys.exit(f"embed_folder: output must hold settings that can be written and read, got {path}: {error}")
+    if before != settings:
+        sys.exit(f"embed_folder: output must be made with {before}, got {settings}")
 
 
 def batches(
@@ -145,11 +163,17 @@ def save(path: Path, embeddings: Tensor, names: list[str], left_out: list[str]) 
 
 def names_in(path: Path) -> tuple[list[str], list[str]]:
     """The images of a file, and those of them that could not be read and have no row."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    return json.loads(metadata["paths"]), json.loads(metadata["left_out"])
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return json.loads(metadata["paths"]), json.loads(metadata["left_out"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        sys.exit(
+            f"embed_folder: output must hold files that an earlier run wrote, got {path}: {type(error).__name__}: "
+            f"{error}; delete it to have it made again"
+        )
 
 
 if __name__ == "__main__":

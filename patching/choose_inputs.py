@@ -89,12 +89,7 @@ def read_images(paths: Sequence[Path], subject: Subject, most: int) -> tuple[lis
         try:
             with Image.open(path) as photograph:
                 found.append(subject.prepare(photograph))
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ):  # what Pillow raises on what it refuses
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises on bad files
             unreadable.append(path)
     if not found:
         raise ValueError(f"choose: images must be readable, got {len(unreadable)} files that are not")

@@ -103,6 +103,42 @@ def test_an_image_over_the_pixel_limit_is_left_out(folder, tmp_path, monkeypatch
     assert f"could not be read: {folder / 'large.png'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--shard", "0", "shard: must be at least 1, got 0"),
+        ("--batch", "-1", "batch: must be at least 1, got -1"),
+        ("--threads", "0", "threads: must be at least 1, got 0"),
+        ("--size", "0", "size: must be at least 1, got 0"),
+        ("--density", "nan", "density: must lie in (0, 1], got nan"),
+        ("--device", "nonsense", "device: must be one that is here, got nonsense"),
+        ("--device", "meta", "device: must be one that is here, got meta"),
+        ("--model", "vit_of_nobody", None),
+    ],
+)
+def test_what_is_refused_leaves_no_settings(folder, tmp_path, capsys, option, value, message):
+    with pytest.raises(RuntimeError if message is None else SystemExit):
+        run(folder, tmp_path / "out", option, value)
+    assert message is None or message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "settings.json").exists()
+
+
+def test_outputs_that_cannot_be_gone_on_with(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    output.write_text("a file")
+    with pytest.raises(SystemExit):
+        run(folder, output)
+    assert "output: must be a folder that can be made, got" in capsys.readouterr().err
+    output.unlink()
+    run(folder, output)
+    (output / "00000.safetensors").write_bytes(b"broken")
+    with pytest.raises(SystemExit, match=r"output must hold files that an earlier run wrote, got .*00000.safetensors"):
+        run(folder, output)
+    (output / "settings.json").write_text('{"model": ')
+    with pytest.raises(SystemExit, match=r"output must hold settings that can be written and read, got .*settings"):
+        run(folder, output)
+
+
 def test_a_folder_without_images(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, tmp_path / "out")
