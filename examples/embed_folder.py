@@ -33,8 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("images", type=Path, help="folder of images")
     parser.add_argument("output", type=Path, help="folder of the embeddings")
     parser.add_argument("--model", default="vit_base_patch16_dinov3", help="any model of timm that can be patched")
-    parser.add_argument("--checkpoint", type=Path, help="weights to load; timm's pretrained ones otherwise")
-    parser.add_argument("--random-weights", action="store_true", help="load no weights, to try it out")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", type=Path, help="weights to load; timm's pretrained ones otherwise")
+    source.add_argument("--random-weights", action="store_true", help="load no weights, to try it out")
     parser.add_argument("--size", type=int, default=1024, help="images become squares of so many pixels")
     parser.add_argument("--density", type=float, default=1.0, help="of attention: 1 is exact")
     parser.add_argument("--batch", type=int, default=8)
@@ -63,11 +64,19 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         parser.error(f"output: must be a folder that can be made, got {options.output}: {error}")
     model, transform = load(options.model, options.size, options.checkpoint, options.random_weights)
-    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model.to(device, dtype)
     patch_model(model, Dense() if options.density == 1 else LocalWindow(density=options.density))
     width: int = model.num_features
     embed = torch.compile(model, dynamic=True) if options.compile else model
-    settings = {"model": options.model, "size": options.size, "density": options.density, "shard": options.shard}
+    settings = {
+        "model": options.model,
+        "weights": describe_weights(model, options.checkpoint, options.random_weights),
+        "dtype": str(dtype).removeprefix("torch."),
+        "size": options.size,
+        "density": options.density,
+        "shard": options.shard,
+    }
     check_settings(options.output / "settings.json", settings)  # now that nothing but images can be wrong
 
     shards = [paths[i : i + options.shard] for i in range(0, len(paths), options.shard)]
@@ -92,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
                 readable += are_readable
                 if images is not None:
                     with torch.inference_mode():
-                        found.append(embed(images.to(device, next(model.parameters()).dtype)).float().cpu())
+                        found.append(embed(images.to(device, dtype)).float().cpu())
                 progress.update(len(are_readable))
             missing = [name for name, is_readable in zip(names, readable) if not is_readable]
             save(target, torch.cat(found) if found else torch.zeros(0, width), names, missing)
@@ -108,10 +117,23 @@ def load(name: str, size: int, checkpoint: Path | None, random_weights: bool) ->
 
     pretrained = checkpoint is None and not random_weights
     options = {"checkpoint_path": str(checkpoint)} if checkpoint is not None else {}
+    if random_weights:
+        torch.manual_seed(0)  # the same in every run, so that one can go on where another stopped
     model = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size, **options).eval()
     config = timm.data.resolve_model_data_config(model)
     config["input_size"], config["crop_pct"] = (3, size, size), 1.0
     return model, timm.data.create_transform(**config)
+
+
+def describe_weights(model: Any, checkpoint: Path | None, random_weights: bool) -> str | dict[str, object]:
+    """What tells the weights of a model that :func:`load` made from others."""
+    if random_weights:
+        return "random"
+    if checkpoint is not None:
+        status = checkpoint.stat()
+        return {"checkpoint": str(checkpoint.resolve()), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    facts = model.pretrained_cfg
+    return ".".join(filter(None, ["pretrained " + facts["architecture"], facts.get("tag")]))
 
 
 def check_settings(path: Path, settings: dict[str, object]) -> None:

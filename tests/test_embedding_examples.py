@@ -1,5 +1,6 @@
 """The examples that embed folders and compare masks, on tiny models and a few photographs."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -27,9 +28,8 @@ def folder(tmp_path):
     return images
 
 
-def run(images, output, *more):
-    arguments = ["--model", "vit_tiny_patch16_224", "--random-weights", "--size", str(SIZE), "--device", "cpu"]
-    torch.manual_seed(0)
+def run(images, output, *more, weights=("--random-weights",)):
+    arguments = ["--model", "vit_tiny_patch16_224", *weights, "--size", str(SIZE), "--device", "cpu"]
     embed_folder.main([str(images), str(output), *arguments, "--batch", "2", "--shard", "4", "--threads", "2", *more])
 
 
@@ -56,7 +56,6 @@ def test_embeddings_are_those_of_the_model(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "5 embeddings in 2 files" in printed
     assert "broken.jpg" in printed
-    torch.manual_seed(0)
     model, transform = embed_folder.load("vit_tiny_patch16_224", SIZE, None, True)
     assert isinstance(model, timm.models.VisionTransformer)
     for name, embedding in found.items():
@@ -101,6 +100,27 @@ def test_an_image_over_the_pixel_limit_is_left_out(folder, tmp_path, monkeypatch
     run(folder, tmp_path / "out")
     assert len(rows(tmp_path / "out")) == 5
     assert f"could not be read: {folder / 'large.png'}" in capsys.readouterr().out
+
+
+def test_other_weights_are_refused(folder, tmp_path):
+    output, checkpoint = tmp_path / "out", tmp_path / "weights.pth"
+    model, _ = embed_folder.load("vit_tiny_patch16_224", SIZE, None, True)
+    torch.save(model.state_dict(), checkpoint)
+    weights = ("--checkpoint", str(checkpoint))
+    run(folder, output, weights=weights)
+    expected = rows(output)
+    (output / "00001.safetensors").unlink()
+    run(folder, output, weights=weights)
+    assert all(torch.equal(embedding, expected[name]) for name, embedding in rows(output).items())
+    with pytest.raises(SystemExit, match=r"output must be made with .*weights.pth.*, got .*'weights': 'random'"):
+        run(folder, output)
+    torch.save(model.half().state_dict(), checkpoint)
+    with pytest.raises(SystemExit, match=r"output must be made with .*got"):
+        run(folder, output, weights=weights)
+    settings = json.loads((output / "settings.json").read_text())
+    assert settings["dtype"] == "float32"
+    name = embed_folder.describe_weights(model, None, False)
+    assert name.startswith("pretrained vit_tiny_patch16_224.")
 
 
 @pytest.mark.parametrize(
