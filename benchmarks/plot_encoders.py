@@ -34,7 +34,11 @@ def main() -> None:
 
 
 def draw(rows: list[Row], note: str, path: Path) -> None:
-    """A group of bars for each case, over the model as shipped, in the fastest mode that the case was measured in."""
+    """A group of bars for each case, over the model as shipped, in the fastest mode that the case was measured in.
+
+    Raises:
+        ValueError: if no case was measured as shipped.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,6 +49,8 @@ def draw(rows: list[Row], note: str, path: Path) -> None:
         for members in in_fastest_mode(rows).values()
         if any(title(row) == "as shipped" for row in members)
     ]
+    if not cases:
+        raise ValueError(f"plot_encoders: record must have rows as shipped with times, got none in {len(rows)} rows")
     families = [[case for case in cases if _is_sam(case) is is_sam] for is_sam in (True, False)]
     families = [family for family in families if family]
     figure, panels = pyplot.subplots(

@@ -309,6 +309,37 @@ def test_the_short_table_of_encoders_takes_the_fastest_mode():
     assert cells == ["SAM ViT-B", "1024²", "1", "graphs", "8.00", "", "", "2.00", "4.00×", "", "", "", "1.00", "1.00"]
 
 
+def test_encoders_are_shown_in_the_fastest_mode_that_can_be_compared(tmp_path):
+    import encoders_summary
+    import plot_encoders
+
+    case = {"model": "sam_b", "title": "SAM ViT-B", "image_size": 1024, "batch": 1, "peak_gib": 1.0}
+
+    def row(name, mode, ms=1.0, density=1.0):
+        return {**case, "implementation": name, "mode": mode, "ms": ms, "density": density}
+
+    def chosen(*rows):
+        return [
+            (row["implementation"], row["mode"])
+            for found in encoders_summary.in_fastest_mode(rows).values()
+            for row in found
+        ]
+
+    eager = [row("stock", "eager"), row("ours", "eager")]
+    without_stock, without_time = [row("ours", "graphs")], [row("stock", "graphs", None), row("ours", "graphs")]
+    for graphs in (without_stock, without_time, [row("stock", "graphs"), row("ours", "graphs", density=0.25)]):
+        assert chosen(*graphs, *eager) == [("stock", "eager"), ("ours", "eager")]
+        assert len(encoders_summary.summarize([*graphs, *eager])) == 1
+        plot_encoders.draw([*graphs, *eager], "", tmp_path / "encoders.svg")
+    assert chosen(*without_stock, row("stock", "eager")) == [("ours", "graphs")]
+    assert chosen(row("stock", "another"), *eager) == [("stock", "eager"), ("ours", "eager")]
+    assert chosen(row("stock", "another")) == [("stock", "another")]
+    plot_encoders.draw([row("stock", "another"), row("ours", "another")], "", tmp_path / "encoders.svg")
+    for rows in ([], without_stock, without_time):
+        with pytest.raises(ValueError, match="plot_encoders: record must have rows as shipped"):
+            plot_encoders.draw(rows, "", tmp_path / "encoders.svg")
+
+
 def test_records_of_another_commit_are_not_added_to(tmp_path):
     import records
 
