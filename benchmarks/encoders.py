@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from resident_memory import ResidentMemory
 
 MODES = ("eager", "compiled", "graphs")
-KEYS = ("model", "image_size", "batch", "implementation", "mode", "density")
+KEYS = ("model", "image_size", "batch", "dtype", "implementation", "mode", "density")
 _COMPILED: dict[str, dict[str, Any]] = {"compiled": {}, "graphs": {"mode": "reduce-overhead"}}
 
 
@@ -51,6 +51,8 @@ def main() -> None:
     )
     parser.add_argument("--out", nargs="?", type=Path, const=Path(), help="add to the record")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"rounds: must be at least 1, got {arguments.rounds}")
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     torch._dynamo.config.recompile_limit = 256  # all variants of a model run the same code
@@ -61,8 +63,10 @@ def main() -> None:
         for size, batch in cases(ENCODERS[name], arguments.sizes, arguments.batch):
             case = Case(name, size, batch, device, dtype)
             rows += case.measure(arguments.implementations, arguments.modes, arguments.rounds)
-            if path is not None:
+            if path is not None and rows:  # none as long as all variants were left out
                 write(path, *merge(path, meta, rows, KEYS))
+    if not rows:
+        sys.exit("encoders: nothing was measured: no case was asked for, or all variants were left out")
     print(f"{meta['device']}, torch {meta['torch']}, {dtype}")
     print(table(rows, COLUMNS))
     if path is not None:
@@ -219,6 +223,13 @@ def title(row: Row) -> str:
     if row["implementation"] != "ours":
         return name
     return f"{name}, exact" if row["density"] == 1 else f"{name}, density {row['density']:g}"
+
+
+def naming_dtypes(rows: list[Row]) -> list[Row]:
+    """The rows, with their dtypes in the titles if there are several, by which cases are told apart."""
+    if len({row.get("dtype") for row in rows}) < 2:
+        return rows
+    return [{**row, "title": f"{row['title']}, {row.get('dtype')}"} for row in rows]
 
 
 COLUMNS = [

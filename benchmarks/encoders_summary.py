@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from encoders import TITLES
+from encoders import TITLES, naming_dtypes
 from records import Column, Row
 
 _CASE = ("model", "title", "image_size", "batch")
@@ -41,7 +41,7 @@ def in_fastest_mode(rows: list[Row]) -> dict[tuple[object, ...], list[Row]]:
     Rows without a time are left out.
     """
     cases: dict[tuple[object, ...], dict[str, list[Row]]] = {}
-    for row in rows:
+    for row in naming_dtypes(rows):
         if row["ms"] is not None:
             modes = cases.setdefault(tuple(row[key] for key in _CASE), {})
             modes.setdefault(row["mode"], []).append(row)

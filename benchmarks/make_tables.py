@@ -46,7 +46,7 @@ TABLES = {
     "attention_backward": Table("attention_backward", attention_backward.COLUMNS),
     "attention_summary": Table("attention", attention_summary.COLUMNS, attention_summary.summarize),
     "cpu_attention": Table("cpu_attention", cpu_attention.COLUMNS),
-    "encoders": Table("encoders", encoders.COLUMNS),
+    "encoders": Table("encoders", encoders.COLUMNS, encoders.naming_dtypes),
     "encoders_summary": Table("encoders", encoders_summary.COLUMNS, encoders_summary.summarize),
     "fidelity": Table("fidelity", fidelity_summary.COLUMNS),
     "fidelity_summary": Table("fidelity", fidelity_summary.COLUMNS, fidelity_summary.summarize),

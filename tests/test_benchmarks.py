@@ -309,6 +309,53 @@ def test_the_short_table_of_encoders_takes_the_fastest_mode():
     assert cells == ["SAM ViT-B", "1024²", "1", "graphs", "8.00", "", "", "2.00", "4.00×", "", "", "", "1.00", "1.00"]
 
 
+def test_rows_of_encoders_in_another_dtype_stand_beside_the_first(tmp_path):
+    import encoders
+    import encoders_summary
+    import records
+
+    path = tmp_path / "encoders-cpu.json"
+    case = {"model": "sam_b", "title": "SAM ViT-B", "image_size": 64, "batch": 1, "mode": "eager", "density": 1.0}
+    half, single = (
+        [{**case, "dtype": dtype, "implementation": name, "ms": 1.0} for name in ("stock", "ours")]
+        for dtype in ("bfloat16", "float32")
+    )
+    records.write(path, META, half)
+    _, rows = records.merge(path, META, single, encoders.KEYS)
+    assert rows == [*half, *single]
+    titles = [row["title"] for row in encoders_summary.summarize(rows)]
+    assert titles == ["SAM ViT-B, bfloat16", "SAM ViT-B, float32"]
+    assert [row["title"] for row in encoders_summary.summarize(half)] == ["SAM ViT-B"]
+
+
+def test_encoders_without_rounds_or_variants(monkeypatch, tmp_path, capsys):
+    import encoders
+
+    path = tmp_path / "encoders-cpu.json"
+    command = [
+        "encoders.py",
+        "--models",
+        "sam_b",
+        "--sizes",
+        "64",
+        "--batch",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(path),
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--rounds", "0"])
+    with pytest.raises(SystemExit):
+        encoders.main()
+    assert "rounds: must be at least 1, got 0" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(encoders.Case, "measure", lambda *arguments: [])
+    with pytest.raises(SystemExit, match="encoders: nothing was measured"):
+        encoders.main()
+    assert not path.exists()
+
+
 def test_encoders_are_shown_in_the_fastest_mode_that_can_be_compared(tmp_path):
     import encoders_summary
     import plot_encoders
