@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from ..patterns import CalibratedPattern
 from .attention_mass import check_target
 from .calibrated_layers import canonical_name
 from .calibration import measure_attention_mass
-from .choose_inputs import Subject, check_installed, find_model, images_in, read_images
+from .choose_inputs import Subject, check_installed, check_takes, find_model, images_in, read_images
 from .observing import AttentionCall, observing_attention, replaceable_slots
 from .trade import TradeRow, table, trade
 
@@ -50,7 +51,7 @@ def choose(options: argparse.Namespace) -> None:
     """Runs the command.
 
     Raises:
-        ValueError: if an argument is not as described, before anything runs.
+        ValueError: if an argument is not as described, before anything is measured.
     """
     check_installed("PIL", "viz")
     check_installed("matplotlib", "viz")
@@ -64,16 +65,23 @@ def choose(options: argparse.Namespace) -> None:
         raise ValueError(f"choose: out must be a folder, got {options.out}")
     try:
         device = torch.device(options.device)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # which the meta device cannot
     except (RuntimeError, AssertionError) as error:  # the latter where PyTorch is built without the device
         raise ValueError(f"choose: device must be one that is here, got {options.device}: {error}") from None
     load = find_model(options.model, options.image_size, options.checkpoint, options.random_weights)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass
+    except OSError as error:
+        raise ValueError(f"choose: out must be a folder that can be written, got {options.out}: {error}") from None
     subject = load()
     images, unreadable = read_images(paths, subject, options.max_images)
     # The compiled kernels take half precision.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = subject.model.to(device, dtype)
     batch = torch.stack(images).to(dtype)
+    check_takes(options.model, model, batch[:1].to(device))
     seen, held_out = _split(batch)
 
     weights = "random weights" if options.random_weights else "its weights"
@@ -90,7 +98,6 @@ def choose(options: argparse.Namespace) -> None:
     where = f"{len(held_out)} of them kept back" if is_held_out else "the same ones, for want of others"
     print(f"{len(batch)} photographs; measured on {where}\n")
     print(table(rows))
-    options.out.mkdir(parents=True, exist_ok=True)
     pattern.save(options.out / "mask.safetensors")
     facts = {
         "model": options.model,

@@ -144,13 +144,17 @@ def _load_timm(name: str, size: int | None, checkpoint: Path | None, random_weig
     import timm
 
     options: dict[str, Any] = {} if size is None else {"img_size": size}
+    weights: dict[str, Any] = {"pretrained": checkpoint is None and not random_weights}
     if checkpoint is not None:
-        options["checkpoint_path"] = str(checkpoint)
+        weights["checkpoint_path"] = str(checkpoint)
     try:
-        model = timm.create_model(name, pretrained=checkpoint is None and not random_weights, **options)
+        model = timm.create_model(name, **options, **weights)
     except TypeError as error:
         raise ValueError(f"choose: model must be a vision transformer of variable size, got {name}: {error}") from None
-    except Exception as error:  # of any kind: network, hub, files
+    except Exception as error:  # of any kind: network, hub, files, sizes
+        _check_can_be_made(name, options)
+        if checkpoint is not None:
+            raise _not_its_weights(name, checkpoint, error) from error
         raise ValueError(
             f"choose: weights of {name} must be within reach, got {type(error).__name__}: {error}; give a checkpoint, "
             "or random-weights to try it out"
@@ -159,10 +163,47 @@ def _load_timm(name: str, size: int | None, checkpoint: Path | None, random_weig
     return Subject(model.eval(), size or config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
 
 
+def _check_can_be_made(name: str, options: dict[str, Any]) -> None:
+    """Raises ValueError if a model of timm cannot be made without weights either."""
+    import timm
+
+    try:
+        timm.create_model(name, **options)
+    except Exception as error:  # of any kind: models check their sizes as they like, or divide by them
+        size = options.get("img_size", "none")
+        raise ValueError(f"choose: image-size must be one for {name}, got {size}: {_in_a_line(error)}") from error
+
+
+def _not_its_weights(name: str, checkpoint: Path, error: Exception) -> ValueError:
+    return ValueError(f"choose: checkpoint must hold weights of {name}, got {checkpoint}: {_in_a_line(error)}")
+
+
+def _in_a_line(error: Exception) -> str:
+    """What an error of others says, in short."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def check_takes(name: str, model: nn.Module, image: Tensor) -> None:
+    """Raises ValueError if a model does not take an image ``[1, 3, size, size]``."""
+    try:
+        with torch.no_grad():
+            model(image)
+    except Exception as error:  # of any kind: the code is not ours
+        raise ValueError(
+            f"choose: image-size must be one that {name} takes, got {image.shape[-1]}: {_in_a_line(error)}"
+        ) from error
+
+
 def _load_sam(name: str, checkpoint: Path | None) -> Subject:
     from segment_anything import sam_model_registry
 
-    sam = sam_model_registry[name.removeprefix("sam_")](None if checkpoint is None else str(checkpoint))
+    try:
+        sam = sam_model_registry[name.removeprefix("sam_")](None if checkpoint is None else str(checkpoint))
+    except Exception as error:  # of any kind: pickles, names, shapes
+        if checkpoint is None:
+            raise
+        raise _not_its_weights(name, checkpoint, error) from error
     mean, std = (tuple((part.flatten() / 255).tolist()) for part in (sam.pixel_mean, sam.pixel_std))
     return Subject(sam.image_encoder.eval(), _SAM_SIZE, mean, std, pads=True)
 
@@ -176,22 +217,30 @@ def _load_from_file(path: Path, function: str, size: int, checkpoint: Path | Non
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
+    except Exception as error:  # of any kind: the code is not ours
+        raise ValueError(f"choose: model must be in a file that runs, got {path}: {_in_a_line(error)}") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
     make = getattr(module, function, None)
     if not callable(make):
         raise ValueError(f"choose: model must be a function of {path}, got {function!r}, which it does not have")
-    model = make()
+    try:
+        model = make()
+    except Exception as error:  # of any kind: the code is not ours
+        raise ValueError(f"choose: model must be what {function} of {path} returns, got {_in_a_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"choose: model must be what {function} of {path} returns, got {type(model).__name__}")
     if checkpoint is not None:
-        if checkpoint.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        try:
+            if checkpoint.suffix == ".safetensors":
+                from safetensors.torch import load_file
 
-            state = load_file(checkpoint)
-        else:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
+                state = load_file(checkpoint)
+            else:
+                state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            model.load_state_dict(state)
+        except Exception as error:  # of any kind: pickles, names, shapes
+            raise _not_its_weights(f"{path}:{function}", checkpoint, error) from error
     return Subject(model.eval(), size, *_IMAGENET)
 
 

@@ -35,6 +35,9 @@ def make():
 def nothing():
     return "no model"
 
+def fail():
+    raise KeyError("weights")
+
 size = 3
 """
 
@@ -136,11 +139,35 @@ def test_models_of_timm_by_name(folder, capsys):
         ({"rounds": "-1"}, "choose: rounds must be at least 0, got -1"),
         ({"max-images": 0}, "choose: max-images must be at least 1, got 0"),
         ({"out": "{folder}/model.py"}, "choose: out must be a folder, got"),
+        ({"out": "{folder}/model.py/below"}, "choose: out must be a folder that can be written, got .*below: "),
         ({"device": "nonsense"}, "choose: device must be one that is here, got nonsense"),
+        ({"device": "meta"}, "choose: device must be one that is here, got meta"),
+        (
+            {"model": "{folder}/broken.py:make"},
+            r"choose: model must be in a file that runs, got .*: SyntaxError: .*line 1",
+        ),
+        ({"model": "{folder}/model.py:fail"}, "choose: model must be what fail of .* returns, got KeyError: 'weights'"),
+        (
+            {"checkpoint": "{folder}/model.py"},
+            "choose: checkpoint must hold weights of .*model.py:make, got .*model.py: ",
+        ),
+        ({"checkpoint": "{folder}/other.pth"}, "choose: checkpoint must hold weights of .*: RuntimeError: "),
+        (
+            {"checkpoint": "{folder}/other.pth", "model": "test_vit"},
+            "choose: checkpoint must hold weights of test_vit, got .*: RuntimeError: ",
+        ),
+        (
+            {"checkpoint": "{folder}/other.pth", "model": "sam_vit_b", "image-size": None},
+            "choose: checkpoint must hold weights of sam_vit_b, got .*: RuntimeError: ",
+        ),
     ],
 )
 def test_refuses_before_anything_runs(folder, capsys, monkeypatch, changes, message):
     (folder / "out").mkdir()
+    (folder / "broken.py").write_text("def make(:")
+    torch.save({"other": torch.zeros(1)}, folder / "other.pth")
+    if changes.get("model", "").startswith("sam") and "checkpoint" in changes:
+        pytest.importorskip("segment_anything")
     monkeypatch.setattr(nn.Module, "__call__", lambda *inputs, **options: pytest.fail("a model ran"))
     changed = {
         name: value.format(folder=folder) if isinstance(value, str) else value for name, value in changes.items()
@@ -161,6 +188,17 @@ def test_an_image_over_the_pixel_limit_cannot_be_read(folder, monkeypatch):
     images, unreadable = choose_inputs.read_images(paths, subject, 2)
     assert len(images) == 1
     assert unreadable == paths[:1]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model": "test_vit"}, {"model": "swin_tiny_patch4_window7_224", "image-size": 2}]
+)
+def test_refuses_sizes_that_the_model_does_not_take(folder, capsys, changes):
+    options = {"image-size": 3, **changes}
+    assert main([*arguments(folder, **options), "--random-weights"]) == 1
+    captured = capsys.readouterr()
+    assert re.search(rf"choose: image-size must be one .*, got {options['image-size']}: [A-Z]\w+", captured.err)
+    assert not captured.out
 
 
 def test_names_the_extra_that_is_missing(folder, capsys, monkeypatch):
