@@ -171,7 +171,9 @@ def _check_can_be_made(name: str, options: dict[str, Any]) -> None:
         timm.create_model(name, **options)
     except Exception as error:  # of any kind: models check their sizes as they like, or divide by them
         size = options.get("img_size", "none")
-        raise ValueError(f"choose: image-size must be one for {name}, got {size}: {_in_a_line(error)}") from error
+        raise ValueError(
+            f"choose: model and image-size must be what timm can make, got {name} and {size}: {_in_a_line(error)}"
+        ) from error
 
 
 def _not_its_weights(name: str, checkpoint: Path, error: Exception) -> ValueError:

@@ -127,6 +127,10 @@ def test_models_of_timm_by_name(folder, capsys):
         ({"model": "vit_of_nobody"}, "choose: model must be one of timm's, one of sam_vit_b, sam_vit_l, sam_vit_h, or"),
         ({"model": "vit_smal_patch16"}, "or path.py:function, got 'vit_smal_patch16'"),
         ({"model": "nowhere.py:make"}, "choose: model must be a file and a function in it, got nowhere.py"),
+        (
+            {"model": "test_vit.of_nobody"},
+            "choose: model and image-size must be what timm can make, got test_vit.of_no",
+        ),
         ({"model": "{folder}/model.py:take"}, "got 'take', which it does not have"),
         ({"model": "{folder}/model.py:size"}, "got 'size', which it does not have"),
         ({"model": "{folder}/model.py:nothing"}, "choose: model must be what nothing of .* returns, got str"),
@@ -197,7 +201,7 @@ def test_refuses_sizes_that_the_model_does_not_take(folder, capsys, changes):
     options = {"image-size": 3, **changes}
     assert main([*arguments(folder, **options), "--random-weights"]) == 1
     captured = capsys.readouterr()
-    assert re.search(rf"choose: image-size must be one .*, got {options['image-size']}: [A-Z]\w+", captured.err)
+    assert re.search(rf"choose: .*image-size must be .* {options['image-size']}: [A-Z]\w+", captured.err)
     assert not captured.out
 
 
