@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import without_autocast
-from .shared_tensors import building_shared_tensors
+from .shared_tensors import building_shared_tensors, outside_graphs
 from .tracing import is_watched
 
 _ALIGNMENT = 8  # elements of 2 bytes: rows that begin at multiples of 16 bytes are read in place by the CUDA kernels
@@ -151,7 +151,8 @@ def _distances(axis: _Axis, device: torch.device) -> Tensor:
         position = torch.arange(axis.size) % axis.period
         distance = (position[:, None] - torch.arange(axis.keys)).clamp(min=1 - axis.period) + axis.period - 1
         of_heads = distance.repeat_interleave(axis.heads, 0).repeat(axis.images, 1)
-        return of_heads.flatten().int().to(device)
+        distances = of_heads.flatten().int()
+        return outside_graphs(lambda: distances.to(device), device)
 
 
 def _scattered(grad: Tensor, axis: _Axis, table: Tensor) -> Tensor:
@@ -170,9 +171,8 @@ def _scattered(grad: Tensor, axis: _Axis, table: Tensor) -> Tensor:
 def _transpose(size: int, period: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[L, size · keys]``"""
     with building_shared_tensors():
-        return (
-            _gather(torch.eye(length, dtype=dtype), _Axis(size, period), dtype).flatten(0, 1).T.contiguous().to(device)
-        )
+        transpose = _gather(torch.eye(length, dtype=dtype), _Axis(size, period), dtype).flatten(0, 1).T.contiguous()
+        return outside_graphs(lambda: transpose.to(device), device)
 
 
 @torch.library.impl(_library, "relative_position", "CompositeExplicitAutograd")

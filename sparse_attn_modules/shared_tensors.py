@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+Made = TypeVar("Made")
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
@@ -52,6 +56,18 @@ def may_keep(device: torch.device) -> bool:
     if torch.compiler.is_compiling():
         return False
     return not (device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def outside_graphs(make: Callable[[], Made], device: torch.device) -> Made:
+    """What ``make`` returns: tensors copied from the CPU to a device to be kept for later calls.
+
+    The CUDA graphs of ``torch.compile`` take what their thread allocates from memory of their own, even in the call
+    that warms up, and reuse it. Another thread's is not theirs.
+    """
+    if device.type != "cuda" or not may_keep(device):
+        return make()
+    with ThreadPoolExecutor(max_workers=1) as another:
+        return another.submit(make).result()
 
 
 class MadeOnStream:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shared_tensors import building_shared_tensors, resolve_device
+from .shared_tensors import building_shared_tensors, outside_graphs, resolve_device
 
 DEFAULT_TILE = (8, 16)
 SEQUENCE_TILE = (1, 128)
@@ -149,7 +149,8 @@ def _cached_per_device(build: Callable[[TokenGrid], tuple[Tensor, ...]]) -> Call
         with building_shared_tensors():
             if device.type == "cpu":
                 return build(grid)
-            return tuple(tensor.to(device) for tensor in on_device(grid, torch.device("cpu")))
+            on_cpu = on_device(grid, torch.device("cpu"))
+            return outside_graphs(lambda: tuple(tensor.to(device) for tensor in on_cpu), device)
 
     @wraps(build)
     def cached(grid: TokenGrid, device: Device = None) -> tuple[Tensor, ...]:

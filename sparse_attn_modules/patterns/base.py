@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..block_mask import BlockMask
-from ..shared_tensors import building_shared_tensors, resolve_device
+from ..shared_tensors import building_shared_tensors, outside_graphs, resolve_device
 from ..token_grid import TokenGrid
 
 
@@ -112,7 +112,8 @@ def _cached_mask(
 ) -> BlockMask:
     with building_shared_tensors():
         if device.type != "cpu":
-            return _cached_mask(pattern, query_grid, key_grid, num_heads, torch.device("cpu")).to(device)
+            on_cpu = _cached_mask(pattern, query_grid, key_grid, num_heads, torch.device("cpu"))
+            return outside_graphs(lambda: on_cpu.to(device), device)
         blocks = pattern.blocks(query_grid, key_grid, num_heads)
         if not isinstance(blocks, Tensor):
             raise TypeError(f"{type(pattern).__name__}: blocks must be a tensor, got {type(blocks).__name__}")

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from sparse_attn_modules import patch_model
+from sparse_attn_modules import patch_model, patterns, relative_position
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 samvit = pytest.importorskip("timm.models.vision_transformer_sam")
@@ -58,6 +58,19 @@ def test_as_accurate_as_the_original(encoder, mode):
     for _ in range(3):
         out = model(x.bfloat16()).clone()
         assert (out - expected).abs().max() <= 2 * allowed + 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["dense", "local"])
+def test_a_first_call_in_cuda_graphs(pattern):
+    """What is kept of it for later calls must not lie in the memory of the graphs, which is reused."""
+    torch.compiler.reset()
+    relative_position._distances.cache_clear()
+    patterns.base._cached_mask.cache_clear()
+    model = patch_model(make(sam).bfloat16(), pattern, backend="cuda")
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    x = torch.randn(2, 3, 320, 320, device="cuda", dtype=torch.bfloat16)
+    for _ in range(4):
+        torch.testing.assert_close(compiled(x).clone(), model(x), atol=0.05, rtol=0.05)
 
 
 def test_graphs_follow_the_tables():
