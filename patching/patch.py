@@ -109,7 +109,8 @@ def unpatch_model(model: Model) -> Model:
     """Puts the original attention layers, the very objects, back in place; a model without patches stays as it is.
 
     Whatever became of the parameters in between stays: they are shared. So do submodules that were put in, such as a
-    LoRA adapter around ``qkv``, hooks, and train or eval mode.
+    LoRA adapter around ``qkv``, hooks, and train or eval mode. What else was set on a replaced layer, new parameters of
+    its own and plain attributes, goes with it.
 
     Returns:
         The same model.
