@@ -80,6 +80,8 @@ inline void choose_blocks_sm90(const Tensor& queries, const Tensor& keys, const 
     check_tensor("key_counts", key_counts, ScalarType::Int, {batch, heads, rows});
     check_tensor("key_indices", key_indices, ScalarType::Int, {batch, heads, rows, columns});
     check_tensor("row_order", row_order, ScalarType::Int, {batch, heads, rows});
+    STD_TORCH_CHECK(query_counts.has_value() == query_indices.has_value(),
+                    "choose_blocks: query_counts must come with query_indices");
     if (query_counts.has_value()) check_tensor("query_counts", *query_counts, ScalarType::Int, {batch, heads, columns});
     if (query_indices.has_value()) {
         check_tensor("query_indices", *query_indices, ScalarType::Int, {batch, heads, columns, rows});
