@@ -7,11 +7,9 @@ from torch import Tensor
 
 from ..token_grid import TokenGrid
 from ..windows import Size, count_windows
-from .cuda import _aligned
+from .cuda import MAX_BATCH, _aligned
 from .cuda import why_not as why_not_cuda
 from .interface import Request, empty_tokens_before_heads
-
-_MAX_WINDOWS = 65535  # of all images: windows stand where the batch does otherwise
 
 _library = torch.library.Library("sparse_attn_modules", "FRAGMENT")
 _library.define(
@@ -23,8 +21,8 @@ _library.define(
 def why_not(query: Tensor, grid: Size, window: Size, *, relative_position: bool) -> str | None:
     """The reason why these kernels cannot read the windows in place, or None."""
     rows, columns = count_windows(grid, window)
-    if query.shape[0] * rows * columns > _MAX_WINDOWS:
-        return f"there may be up to {_MAX_WINDOWS} windows, got {query.shape[0]} × {rows * columns}"
+    if query.shape[0] * rows * columns > MAX_BATCH:  # windows stand where the batch does otherwise
+        return f"there may be up to {MAX_BATCH} windows, got {query.shape[0]} × {rows * columns}"
     window_grid = TokenGrid(*window)
     request = Request(
         query.device,
