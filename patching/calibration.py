@@ -180,11 +180,16 @@ class _Recorder:
 
 def block_mass(call: AttentionCall) -> Tensor:
     """The attention weight on each block, summed over query tokens and images: float64 ``[heads, Q, K]``."""
+    return block_mass_of_images(call).sum(0)
+
+
+def block_mass_of_images(call: AttentionCall) -> Tensor:
+    """The attention weight on each block, summed over query tokens: float64 ``[B, heads, Q, K]``."""
     device = call.query.device
     query_blocks, key_blocks = call.query_grid.block_tokens(device), call.key_grid.block_tokens(device)
     num_images, heads = call.query.shape[:2]
     keys = key_blocks.flatten()  # [key blocks × block size], absent ones −1
-    total = torch.zeros(heads, len(query_blocks), len(key_blocks), dtype=torch.float64, device=device)
+    total = torch.zeros(num_images, heads, len(query_blocks), len(key_blocks), dtype=torch.float64, device=device)
     step = max(_CHUNK // (heads * query_blocks.shape[1] * len(keys)), 1)
     for image in range(num_images):
         for start in range(0, len(query_blocks), step):
@@ -193,7 +198,7 @@ def block_mass(call: AttentionCall) -> Tensor:
             # [heads, blocks × block size, key blocks × block size] -> [heads, blocks, block size, key blocks]
             weights = weights.unflatten(-1, key_blocks.shape).sum(-1).unflatten(1, rows.shape)
             weights = weights.masked_fill((rows < 0)[None, ..., None], 0)
-            total[:, start : start + step] += weights.sum(2, dtype=torch.float64)
+            total[image, :, start : start + step] = weights.sum(2, dtype=torch.float64)
     return total
 
 
@@ -211,8 +216,13 @@ def _check(model: Any, batches: Any, forward: Any, max_images: Any) -> None:
         raise ValueError(f"calibrate: max_images must be an integer ≥ 1, got {max_images!r}")
 
 
+def images_of(batch: Any) -> Any:
+    """A batch of images, or what should be one: loaders put labels behind it."""
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
 def _run(model: nn.Module, batch: Any) -> Any:
-    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    images = images_of(batch)
     if not isinstance(images, Tensor):
         raise TypeError(
             f"calibrate: batches must yield tensors, or tuples that begin with one, where no forward is given, "
@@ -234,7 +244,7 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 def _batch_size(batch: Any) -> int:
     """The number of images where no layer told it."""
-    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    first = images_of(batch)
     return first.shape[0] if isinstance(first, Tensor) and first.dim() else 1
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..modules import SparseAttention
 from ..modules.block_selector import BlockSelector
 from ..patterns.choosing import block_mass
+from .calibration import block_mass_of_images, images_of
 from .observing import AttentionCall, observing_attention
 from .walk import attention_slots
 
@@ -117,24 +118,17 @@ def divergence(selector: BlockSelector, call: AttentionCall) -> Tensor:
 
 @torch.no_grad()
 def attended_mass(call: AttentionCall) -> Tensor:
-    """What each query block really pays to each key block: ``[B, heads, Q, K]``, a block of queries at a time."""
-    device = call.query.device
-    key_tokens = call.key_grid.block_tokens(device).flatten()
-    images = []
-    for image in range(len(call.query)):
-        rows = []
-        for tokens in call.query_grid.block_tokens(device):
-            weights = call.weights(image, tokens[tokens >= 0], key_tokens)  # [heads, q, K · block size]
-            rows.append(weights.unflatten(-1, (call.key_grid.num_blocks, -1)).sum(-1).mean(1))
-        images.append(torch.stack(rows, dim=1))
-    return torch.stack(images)
+    """What each query block really pays to each key block: ``[B, heads, Q, K]``, in float32 at least."""
+    sizes = call.query_grid.block_sizes(call.query.device)
+    mass = block_mass_of_images(call) / sizes[:, None]
+    return mass.to(torch.promote_types(call.query.dtype, torch.float32))
 
 
 def _run(model: nn.Module, batch: Any, device: torch.device, forward: Callable[[nn.Module, Any], Any] | None) -> None:
     if forward is not None:
         forward(model, batch)
         return
-    images = batch[0] if isinstance(batch, (tuple, list)) else batch
+    images = images_of(batch)
     if not isinstance(images, Tensor):
         raise TypeError(f"train_selectors: batches must hold tensors, got {type(images).__name__}; give forward")
     model(images.to(device))
