@@ -52,6 +52,8 @@ __device__ __forceinline__ void wgmma_wait(float (&accumulator)[kCount]) {
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FLOATS_12(d, i) FLOATS_8(d, i), "+f"(d[i + 8]), "+f"(d[i + 9]), "+f"(d[i + 10]), "+f"(d[i + 11])
 #define FLOATS_16(d, i) FLOATS_8(d, i), FLOATS_8(d, i + 8)
+#define FLOATS_20(d, i) FLOATS_8(d, i), FLOATS_12(d, i + 8)
+#define FLOATS_24(d, i) FLOATS_16(d, i), FLOATS_8(d, i + 16)
 #define FLOATS_32(d, i) FLOATS_16(d, i), FLOATS_16(d, i + 16)
 #define FLOATS_36(d, i) FLOATS_32(d, i), "+f"(d[i + 32]), "+f"(d[i + 33]), "+f"(d[i + 34]), "+f"(d[i + 35])
 #define FLOATS_40(d, i) FLOATS_32(d, i), FLOATS_8(d, i + 32)
@@ -63,6 +65,10 @@ __device__ __forceinline__ void wgmma_wait(float (&accumulator)[kCount]) {
 #define ACCUMULATORS_12 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"
 #define ACCUMULATORS_16 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define ACCUMULATORS_20 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
+#define ACCUMULATORS_24 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
 #define ACCUMULATORS_32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
     "%24, %25, %26, %27, %28, %29, %30, %31"

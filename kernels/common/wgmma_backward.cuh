@@ -17,6 +17,8 @@ __device__ __forceinline__ void pin_operands(uint32_t (&a)[kSteps][4]) {
     "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3]), "=f"(d[i + 4]), "=f"(d[i + 5]), "=f"(d[i + 6]), "=f"(d[i + 7])
 #define NEW_FLOATS_12(d, i) NEW_FLOATS_8(d, i), "=f"(d[i + 8]), "=f"(d[i + 9]), "=f"(d[i + 10]), "=f"(d[i + 11])
 #define NEW_FLOATS_16(d, i) NEW_FLOATS_8(d, i), NEW_FLOATS_8(d, i + 8)
+#define NEW_FLOATS_20(d, i) NEW_FLOATS_8(d, i), NEW_FLOATS_12(d, i + 8)
+#define NEW_FLOATS_24(d, i) NEW_FLOATS_16(d, i), NEW_FLOATS_8(d, i + 16)
 #define NEW_FLOATS_32(d, i) NEW_FLOATS_16(d, i), NEW_FLOATS_16(d, i + 16)
 #define NEW_FLOATS_40(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_8(d, i + 32)
 #define NEW_FLOATS_44(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_12(d, i + 32)
@@ -81,12 +83,14 @@ __device__ __forceinline__ void wgmma_bias(float (&d)[kColumns / 2], const uint3
 template <typename T, int kColumns, bool kAccumulate>
 __device__ __forceinline__ void wgmma_shared_output(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {
 #define WGMMA_SHARED_OUTPUT(columns, count, ...) WGMMA_SHARED_OF_TYPE(columns, count, 0, 1, __VA_ARGS__)
-    if constexpr (kColumns == 16) {
-        WGMMA_SHARED_OUTPUT(16, 8, "%8", "%9");
-    } else if constexpr (kColumns == 24) {
+    if constexpr (kColumns == 24) {
         WGMMA_SHARED_OUTPUT(24, 12, "%12", "%13");
     } else if constexpr (kColumns == 32) {
         WGMMA_SHARED_OUTPUT(32, 16, "%16", "%17");
+    } else if constexpr (kColumns == 40) {
+        WGMMA_SHARED_OUTPUT(40, 20, "%20", "%21");
+    } else if constexpr (kColumns == 48) {
+        WGMMA_SHARED_OUTPUT(48, 24, "%24", "%25");
     } else if constexpr (kColumns == 64) {
         WGMMA_SHARED_OUTPUT(64, 32, "%32", "%33");
     } else if constexpr (kColumns == 80) {

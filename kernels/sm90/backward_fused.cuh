@@ -37,8 +37,8 @@ struct FusedBackward {
     static constexpr int kQueryChunkBytes = Step::kQueryChunkBytes;
     static constexpr int kBiasBytes = kRelativePosition ? sizeof(typename Step::Bias) : 0;
 
-    // Half blocks from `half` on, into a tile of kRows rows; called by a whole warp.
-    template <int kRows>
+    // Half blocks from `half` on, into a tile of kRows rows whose second chunk starts at column kSplit; called by a whole warp.
+    template <int kRows, int kSplit = 64>
     static __device__ __forceinline__ void load(unsigned char* tile, const TensorMaps& maps, const GridParams& grid,
                                                 BlockCode block, int half, int head, int batch, uint64_t* full,
                                                 int shift = 0) {
@@ -49,7 +49,7 @@ struct FusedBackward {
                 at.x += shift;
 #pragma unroll
                 for (int chunk = 0; chunk < kChunks; chunk++) {
-                    at.column = 64 * chunk;
+                    at.column = kSplit * chunk;
                     tma_load(tile + chunk * kRows * 128 + i * kHalfBytes, map, at, full);
                 }
             }
@@ -99,7 +99,7 @@ struct FusedBackward {
                     }
                     __syncwarp();
                     barrier_arrive_expect(full, kKeyBytes);
-                    load<kBlockTokens>(storage.key[keys.place], params.key, params.key_grid, key_block, 0, work.head,
+                    load<kBlockTokens, Step::kKeySplit>(storage.key[keys.place], params.key, params.key_grid, key_block, 0, work.head,
                                        work.batch, full);
                     keys.advance();
                     barrier_wait(&storage.value_free, value_parity);

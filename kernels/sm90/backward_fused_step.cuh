@@ -37,6 +37,9 @@ struct FusedStep {
     static constexpr int kHalfBytes = kHalfBlockTokens * 128;  // of one chunk
     static constexpr int kKeyChunkBytes = kBlockTokens * 128, kQueryChunkBytes = kQueries * 128;
     static constexpr int kKeyBytes = kChunks * kKeyChunkBytes, kQueryBytes = kChunks * kQueryChunkBytes;
+    // Column of keys with which their second chunk starts. Where a warpgroup computes dQ from each chunk, that shares out
+    // the work evenly, with the sums of a relative position, which are the second warpgroup's.
+    static constexpr int kKeySplit = kHeadDim == 96 ? 48 : kHeadDim != 80 ? 64 : kRelativePosition ? 48 : 40;
 
     struct PlainStorage {
         alignas(1024) unsigned char key[kStages][kKeyBytes];
@@ -62,16 +65,19 @@ struct FusedStep {
     using Storage = std::conditional_t<kRelativePosition, BiasedStorage, PlainStorage>;
     static_assert(sizeof(Storage) <= 227 * 1024, "a thread block cannot have more shared memory");
 
-    // S^T or dP^T of the warpgroup's keys.
-    static __device__ __forceinline__ void issue_scores(float (&scores)[kQueries / 2], int keys, int queries) {
-        issue_products(scores, keys, queries);
+    // dP^T of the warpgroup's keys.
+    static __device__ __forceinline__ void issue_scores(float (&scores)[kQueries / 2], int values, int grad_outs) {
+        issue_products<64>(scores, values, grad_outs);
         wgmma_commit();
     }
+    // The second chunk of `keys` starts at column kSplit.
+    template <int kSplit>
     static __device__ __forceinline__ void issue_products(float (&scores)[kQueries / 2], int keys, int queries) {
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; step++) {
             const int along = step % 4 * kDepthStepAlongRows;
-            const uint64_t a = tile_descriptor(keys + step / 4 * (kKeyChunkBytes >> 4) + along);
+            const int key_along = step < 4 ? along : (kKeyChunkBytes >> 4) + (16 * step - kSplit) * kDepthStepAlongRows / 16;
+            const uint64_t a = tile_descriptor(keys + key_along);
             const uint64_t b = tile_descriptor(queries + step / 4 * (kQueryChunkBytes >> 4) + along);
             if (step == 0) {
                 wgmma_scores<T, kQueries, false>(scores, a, b);
@@ -95,11 +101,11 @@ struct FusedStep {
         const int queries = tile_along_rows(storage.query[query_slot]);
         if constexpr (kRelativePosition) {
             const int rel_w = tile_along_rows(storage.bias[slot].rel_w);  // not made between the products
-            issue_products(scores, keys, queries);
+            issue_products<kKeySplit>(scores, keys, queries);
 #pragma unroll
             for (int i = 0; i < 2; i++) wgmma_bias<T, kQueries>(scores, factors[i], narrow_tile_descriptor(rel_w));
         } else {
-            issue_products(scores, keys, queries);
+            issue_products<kKeySplit>(scores, keys, queries);
         }
         wgmma_commit();
     }
@@ -117,7 +123,7 @@ struct FusedStep {
     // dQ = dS K of a step. The warpgroups share it by queries, or, if there are 64, by chunks of columns. With a relative
     // position, the sums of dS over rows and columns of the tile of keys follow, which then are the second warpgroup's.
     static constexpr __host__ __device__ int key_columns(int warpgroup) {
-        return !kIsWide ? kHeadDim : warpgroup == 0 ? 64 : kHeadDim - 64;
+        return !kIsWide ? kHeadDim : warpgroup == 0 ? kKeySplit : kHeadDim - kKeySplit;
     }
     static constexpr __host__ __device__ bool has_sums(int warpgroup) {
         return kRelativePosition && (!kIsWide || warpgroup == 1);
@@ -174,7 +180,7 @@ struct FusedStep {
     static __device__ __forceinline__ void add_grad_query(const BackwardParams& params, int half_block, BlockCode key_block,
                                                           const float (&gradient)[grad_query_columns(kWarpgroup) / 2]) {
         constexpr int kColumns = key_columns(kWarpgroup);
-        const int first_group = kIsWide ? 8 * kWarpgroup : 0;
+        const int first_group = kIsWide ? kKeySplit / 8 * kWarpgroup : 0;
         if (!kIsWide) half_block += kWarpgroup;
         add_to_query_sums<kHeadDim>(params.grad_query_sums, half_block, first_group,
                                     reinterpret_cast<const float(&)[kColumns / 2]>(gradient[0]));
