@@ -21,6 +21,7 @@
 #include "../common/ring.cuh"
 #include "../common/tma.cuh"
 #include "backward_fused_step.cuh"
+#include "backward_fused_store.cuh"
 #include "backward_fused_work.cuh"
 
 namespace sparse_attn {
@@ -30,7 +31,7 @@ struct FusedBackward {
     using Step = FusedStep<T, kHeadDim, kRelativePosition>;
     using Storage = typename Step::Storage;
     static constexpr int kThreads = Step::kThreads, kConsumerWarps = Step::kConsumerWarps;
-    static constexpr bool kIsWide = Step::kIsWide;
+    static constexpr bool kIsWide = Step::kIsWide, kFinishes = Step::kFinishes;
     static constexpr int kQueries = Step::kQueries, kHalves = Step::kHalves, kChunks = Step::kChunks;
     static constexpr int kQueryStages = Step::kQueryStages, kStages = Step::kStages;
     static constexpr int kHalfBytes = Step::kHalfBytes, kKeyBytes = Step::kKeyBytes, kQueryBytes = Step::kQueryBytes;
@@ -126,6 +127,35 @@ struct FusedBackward {
         if (lane == 0) {
             storage.work[keys.place] = FusedWork::kNone;
             barrier_arrive(&storage.key_full[keys.place]);
+            if constexpr (kFinishes) {
+                for (int i = 0; i < kConsumerWarps; i++) barrier_arrive(&storage.added[keys.place]);
+            }
+        }
+    }
+
+    // Called by one warp: counts a head's blocks of keys whose dQ has been added. What it makes known includes what the
+    // others had added before they arrived.
+    static __device__ __forceinline__ void announce(const BackwardParams& params, Storage& storage) {
+        Ring<kStages> keys;
+        while (true) {
+            barrier_wait(&storage.added[keys.place], keys.parity);
+            const int index = from_lane_0(storage.work[keys.place]);
+            if (index == FusedWork::kNone) return;
+            if (threadIdx.x % 32 == 0) {
+                barrier_arrive(&storage.key_free[keys.place]);
+                int* const added = params.key_blocks_added + index / params.key_grid.num_blocks;
+                asm volatile("fence.acq_rel.gpu;\n red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(added) : "memory");
+            }
+            __syncwarp();
+            keys.advance();
+        }
+    }
+
+    // Called by a warp that has added all of its part of a block of keys' dQ.
+    static __device__ __forceinline__ void tell_added(Storage& storage, int key_slot) {
+        if constexpr (kFinishes) {
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) barrier_arrive(&storage.added[key_slot]);
         }
     }
 
@@ -247,6 +277,7 @@ struct FusedBackward {
             }
             const int half_block = from_lane_0(storage.half_block[queries.place]);
             if (!is_first) Step::template add_grad_query<kWarpgroup>(params, half_block_before, key_block_before, grad_query);
+            if (follows_border) tell_added(storage, key_slot_before);
             half_block_before = half_block;
             key_slot_before = keys.place;
             is_first = false;
@@ -310,7 +341,8 @@ struct FusedBackward {
             if (follows_border) {
                 // Both warpgroups are done with the dS of the step before, whose place the gradients leave through.
                 barrier_wait(&storage.grad_out_free[steps.place], steps.parity);
-                store_gradients(params, storage.grads[steps.place ^ 1][warpgroup], index, warpgroup, grad_key, grad_value);
+                KeyGradients<T, kHeadDim>::store(params, storage.grads[steps.place ^ 1][warpgroup], index, warpgroup, grad_key,
+                                                 grad_value);
                 if (is_last) break;
                 clear(grad_key, grad_value);
                 index = next_index;
@@ -325,58 +357,13 @@ struct FusedBackward {
         Step::template issue_grad_query<kWarpgroup>(grad_query, storage, steps.place, keys.place);
         wgmma_wait<0>(grad_query);
         Step::template add_grad_query<kWarpgroup>(params, half_block_before, key_block_of(storage, keys.place), grad_query);
+        tell_added(storage, keys.place);
         if (leader) tma_store_wait_read();
     }
 
     static __device__ __forceinline__ void clear(float (&grad_key)[kHeadDim / 2], float (&grad_value)[kHeadDim / 2]) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; i++) grad_key[i] = grad_value[i] = 0.0f;
-    }
-
-    // The last copies may still read `tile` when this returns.
-    static __device__ __forceinline__ void store_gradients(const BackwardParams& params, unsigned char* tile, int index,
-                                                           int warpgroup, const float (&grad_key)[kHeadDim / 2],
-                                                           const float (&grad_value)[kHeadDim / 2]) {
-        const FusedWork work(params, index);
-        const BlockCode block = warp_uniform(code_of_block(params.key_grid, work.key_block));
-        const bool leader = threadIdx.x % 128 == 0;
-        const TileCoordinates at = half_block_at(params.key_grid, block, warpgroup, work.head, work.batch);
-        if constexpr (kIsWide) {
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; chunk++) {
-                store_chunk(params.grad_key, tile, block, at, chunk, warpgroup, leader, grad_key, params.scale);
-                store_chunk(params.grad_value, tile, block, at, chunk, warpgroup, leader, grad_value, 1.0f);
-            }
-        } else {
-            stage_half_block<T, kHeadDim>(tile, grad_key, params.scale);
-            stage_half_block<T, kHeadDim>(tile + kHalfBytes, grad_value, 1.0f);
-            fence_async_proxy();
-            warpgroup_sync(warpgroup);
-            if (!leader) return;
-            with_map(params.grad_key, block, [&](const CUtensorMap* map) { tma_store(map, tile, at); });
-            with_map(params.grad_value, block, [&](const CUtensorMap* map) { tma_store(map, tile + kHalfBytes, at); });
-            tma_store_commit();
-        }
-    }
-
-    // Up to 64 columns, through a tile that has room for no more.
-    static __device__ __forceinline__ void store_chunk(const TensorMaps& maps, unsigned char* tile, BlockCode block,
-                                                       TileCoordinates at, int chunk, int warpgroup, bool leader,
-                                                       const float (&gradient)[kHeadDim / 2], float factor) {
-        if (leader) tma_store_wait_read();
-        warpgroup_sync(warpgroup);
-        constexpr int kLast = kHeadDim - 64;
-        if (chunk == 0) {
-            stage_half_block<T, 64>(tile, reinterpret_cast<const float(&)[32]>(gradient[0]), factor);
-        } else {
-            stage_half_block<T, kLast>(tile, reinterpret_cast<const float(&)[kLast / 2]>(gradient[32]), factor);
-        }
-        fence_async_proxy();
-        warpgroup_sync(warpgroup);
-        if (!leader) return;
-        at.column = 64 * chunk;
-        with_map(maps, block, [&](const CUtensorMap* map) { tma_store(map, tile, at); });
-        tma_store_commit();
     }
 
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
@@ -393,11 +380,13 @@ struct FusedBackward {
             }
             for (int stage = 0; stage < kStages; stage++) {
                 barrier_init(&storage.key_full[stage], 1);
-                barrier_init(&storage.key_free[stage], kConsumerWarps);
+                barrier_init(&storage.key_free[stage], kConsumerWarps + (kFinishes ? 1 : 0));
                 barrier_init(&storage.grad_out_full[stage], 1);
                 barrier_init(&storage.grad_out_free[stage], kConsumerWarps);
                 barrier_init(&storage.grads_full[stage], kConsumerWarps);
+                if constexpr (kFinishes) barrier_init(&storage.added[stage], kConsumerWarps);
             }
+            if constexpr (kFinishes) Step::Finish::init(storage.finish_barriers);
             barrier_init_fence();
         }
         __syncthreads();
@@ -405,7 +394,12 @@ struct FusedBackward {
         await_kernel_before();
         if (threadIdx.x >= 32 * kConsumerWarps) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-            if (threadIdx.x < 32 * (kConsumerWarps + 1)) produce(params, storage);
+            const int warp = warp_uniform(threadIdx.x / 32) - kConsumerWarps;
+            if (warp == 0) produce(params, storage);
+            if constexpr (kFinishes) {
+                if (warp == 1) announce(params, storage);
+                if (warp == 2) Step::Finish::run(params, storage.finish_tiles, storage.finish_barriers);
+            }
         } else {
             asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
             if (warp_uniform(threadIdx.x / 128) == 0) {

@@ -7,6 +7,7 @@
 #include "../common/softmax.cuh"
 #include "../common/statistics.cuh"
 #include "../common/wgmma_backward.cuh"
+#include "backward_fused_finish.cuh"
 
 namespace sparse_attn {
 
@@ -40,6 +41,8 @@ struct FusedStep {
     // Column of keys with which their second chunk starts. Where a warpgroup computes dQ from each chunk, that shares out
     // the work evenly, with the sums of a relative position, which are the second warpgroup's.
     static constexpr int kKeySplit = kHeadDim == 96 ? 48 : kHeadDim != 80 ? 64 : kRelativePosition ? 48 : 40;
+    // Sums become gradients inside. A relative position leaves no room for that, and narrow heads are slower with it.
+    static constexpr bool kFinishes = kIsWide && !kRelativePosition;
 
     struct PlainStorage {
         alignas(1024) unsigned char key[kStages][kKeyBytes];
@@ -62,7 +65,14 @@ struct FusedStep {
         Bias bias[kStages];  // arrives with the gradients of outputs
         BlockCode key_block[kStages];
     };
-    using Storage = std::conditional_t<kRelativePosition, BiasedStorage, PlainStorage>;
+    using Finish = QuerySumsToGradients<T, kHeadDim>;
+    struct FinishingStorage : PlainStorage {
+        typename Finish::Tiles finish_tiles;
+        typename Finish::Barriers finish_barriers;
+        uint64_t added[kStages];  // all of the dQ of the block of keys
+    };
+    using Storage =
+        std::conditional_t<kFinishes, FinishingStorage, std::conditional_t<kRelativePosition, BiasedStorage, PlainStorage>>;
     static_assert(sizeof(Storage) <= 227 * 1024, "a thread block cannot have more shared memory");
 
     // dP^T of the warpgroup's keys.

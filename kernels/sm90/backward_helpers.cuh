@@ -42,6 +42,8 @@ struct PrepareBackward {
         const int64_t any_half_block = any_head * gridDim.x + blockIdx.x;
         if (threadIdx.x == 0) {
             if (any_half_block == 0) *params.blocks_taken = 0;
+            if (blockIdx.x == 0) params.key_blocks_added[any_head / params.heads_per_key_head] = 0;
+            params.finished[any_half_block] = 0;
             barrier_init(&storage.full, 1);
             barrier_init_fence();
         }
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(128) prepare_backward(const __grid_constant__ 
     Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared));
 }
 
-// A thread block of 128 threads per half block of queries: dQ = scale * sums.
+// A thread block of 128 threads per half block of queries: dQ = scale * sums, unless the fused kernel has done it.
 template <typename T, int kHeadDim>
 struct FinishQueryGradient {
     static constexpr int kThreads = 128;
@@ -124,6 +126,7 @@ struct FinishQueryGradient {
         const float4* const sums = query_sums_of_thread<kHeadDim>(params.grad_query_sums, any_half_block);
         float values[kHeadDim / 2];
         await_kernel_before();
+        if (params.finished[any_half_block] != 0) return;
 #pragma unroll
         for (int i = 0; i < kHeadDim / 8; i++) {
             const float4 four = __ldcs(&sums[i * 128]);

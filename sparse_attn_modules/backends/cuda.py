@@ -30,8 +30,8 @@ _FUSED_RELATIVE_POSITION_HEAD_DIMS = (64, 80)  # as in kernels/sm90/launch.h
 # The kernel takes 1 / scale apart into two numbers of the inputs' precision, which in float16 must be in its range.
 _FUSED_RELATIVE_POSITION_SCALES = (2.0**-10, 2.0**4)
 # Key blocks per query block, on average, from which on the fused backward kernel is faster than the pair: what it does
-# once for a block of queries is then worth it. Measured on an H200; head_dim and the number of tokens hardly matter.
-_FUSED_KEY_BLOCKS = 4.5
+# once for a block of queries is then worth it. Measured on an H200; the number of tokens hardly matters.
+_FUSED_KEY_BLOCKS = {32: 4.5, 64: 4.5, 80: 2.5, 96: 3.5, 128: 3.5}  # by native head_dim
 _FUSED_KEY_BLOCKS_RELATIVE_POSITION = 5
 _MAX_KNOWN_DENSITIES = 256
 _MAX_TILES = (8192, 65536)  # rows and columns that a block's packed coordinates hold
@@ -48,7 +48,7 @@ _library.define(
     "backward_sm90(Tensor query, Tensor key, Tensor value, Tensor grad_out, Tensor out, Tensor lse, Tensor? grad_lse, "
     "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) statistics, "
     "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, Tensor(g!)? rel_w_sums, Tensor(h!)? grad_query_sums, "
-    "Tensor(i!)? blocks_taken, Tensor(j!)? rel_offsets, Tensor(k!)? rel_sums, Tensor? key_counts, Tensor? key_indices, "
+    "Tensor(i!)? progress, Tensor(j!)? rel_offsets, Tensor(k!)? rel_sums, Tensor? key_counts, Tensor? key_indices, "
     "Tensor? row_order, Tensor? query_counts, Tensor? query_indices, Tensor? rel_h, Tensor? rel_w, "
     "Tensor? key_padding_mask, Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, "
     "float dropout_p) -> ()"
@@ -157,10 +157,13 @@ def _launch_backward(
         else:
             rel_w_sums = workspace(columns, _BLOCK_TOKENS * width)
         rel_h, rel_w = _aligned(rel_h), _aligned(rel_w)
-    grad_query_sums = blocks_taken = None
+    grad_query_sums = progress = None
     if fuses:
         grad_query_sums = workspace(_BLOCK_TOKENS, _native_head_dim(query.shape[3]))
-        blocks_taken = query.new_empty(1, dtype=torch.int32)
+        batch, heads, blocks = places
+        progress = query.new_empty(
+            1 + batch * (inputs.key.shape[1] + heads * blocks * 2), dtype=torch.int32
+        )  # params.h
     lists: tuple[Tensor | None, ...] = (None,) * 5
     if not inputs.is_dense:
         lists = (inputs.key_counts, inputs.key_indices, inputs.row_order, inputs.query_counts, inputs.query_indices)
@@ -179,7 +182,7 @@ def _launch_backward(
         grad_rel_w,
         rel_w_sums,
         grad_query_sums,
-        blocks_taken,
+        progress,
         rel_offsets,
         rel_sums,
         *lists,
@@ -205,7 +208,9 @@ def _fuses(inputs: AttentionInputs) -> bool:
         return False
     if 0 in inputs.query.shape[:3] or inputs.key.shape[2] == 0:
         return False
-    least = _FUSED_KEY_BLOCKS if inputs.rel_h is None else _FUSED_KEY_BLOCKS_RELATIVE_POSITION
+    least = _FUSED_KEY_BLOCKS_RELATIVE_POSITION
+    if inputs.rel_h is None:
+        least = _FUSED_KEY_BLOCKS[_native_head_dim(inputs.query.shape[3])]
     if inputs.is_dense:
         return _grids(inputs)[1].num_blocks >= least
     density, num_key_blocks = inputs.density, inputs.key_grid.num_blocks

@@ -94,6 +94,38 @@ def test_many_blocks_of_keys_per_multiprocessor(
 
 
 @pytest.mark.usefixtures("fused", "poisoned_memory")
+@pytest.mark.parametrize("key_heads", [16, 8])
+@pytest.mark.parametrize("head_dim", [72, 80, 96, 128])
+def test_heads_whose_gradients_are_complete_before_the_kernel_ends(
+    head_dim: int, key_heads: int, drawn_cuda_case, oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress: list[Tensor] = []
+    new_empty = Tensor.new_empty
+
+    def watched(self: Tensor, *shape: int, **options: object) -> Tensor:
+        made = new_empty(self, *shape, **options)
+        if options.get("dtype") == torch.int32:
+            progress.append(made)
+        return made
+
+    case = drawn_cuda_case(0)
+    grid = TokenGrid(8 * 8 - 3, 2 * 16 - 1, prefix=3)
+    blocks = torch.rand(4, 16, grid.num_blocks, grid.num_blocks, device="cuda") < 0.5
+    blocks[:, :, :, 1::5] = False
+    blocks[1, :4] = False
+    case.query, case.key, case.value = (
+        torch.randn(4, heads, grid.num_tokens, head_dim, device="cuda", dtype=torch.bfloat16)
+        for heads in (16, key_heads, key_heads)
+    )
+    case.mask, case.key_padding_mask, case.relative_position = BlockMask(blocks, grid), None, None
+    monkeypatch.setattr(Tensor, "new_empty", watched)
+    _check(case, oracle)
+    finished = progress[0][1 + 4 * key_heads :]  # by half block of queries: by the kernel itself, not the one after it
+    assert finished.numel() == 4 * 16 * grid.num_blocks * 2
+    assert 0 < finished.sum() < finished.numel()
+
+
+@pytest.mark.usefixtures("fused", "poisoned_memory")
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_relative_position_of_more_rows_of_keys_than_arrive_at_once(head_dim: int, drawn_cuda_case, oracle) -> None:
     case = drawn_cuda_case(0)
