@@ -63,7 +63,13 @@ def main(arguments: list[str] | None = None) -> None:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"output: must be a folder that can be made, got {options.output}: {error}")
-    model, transform = load(options.model, options.size, options.checkpoint, options.random_weights)
+    try:
+        model, transform = load(options.model, options.size, options.checkpoint, options.random_weights)
+    except Exception as error:  # of any kind: timm's, the hub's, the network's
+        parser.error(
+            f"model: must be one that timm can make for {options.size} pixels, with weights within reach, "
+            f"got {options.model}: {type(error).__name__}: {error}"
+        )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model.to(device, dtype)
     patch_model(model, Dense() if options.density == 1 else LocalWindow(density=options.density))
