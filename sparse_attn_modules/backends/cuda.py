@@ -32,7 +32,7 @@ _FUSED_RELATIVE_POSITION_SCALES = (2.0**-10, 2.0**4)
 # Key blocks per query block, on average, from which on the fused backward kernel is faster than the pair: what it does
 # once for a block of queries is then worth it. Measured on an H200; the number of tokens hardly matters.
 _FUSED_KEY_BLOCKS = {32: 4.5, 64: 4.5, 80: 2.5, 96: 3.5, 128: 3.5}  # by native head_dim
-_FUSED_KEY_BLOCKS_RELATIVE_POSITION = 5
+_FUSED_KEY_BLOCKS_RELATIVE_POSITION = 5.0
 _MAX_KNOWN_DENSITIES = 256
 _MAX_TILES = (8192, 65536)  # rows and columns that a block's packed coordinates hold
 _LEAST_SCALE = 2.0**-110  # its inverse and its logarithm must be floats; smaller ones make all weights equal anyway
