@@ -20,9 +20,7 @@ __device__ __forceinline__ void pin_operands(uint32_t (&a)[kSteps][4]) {
 #define NEW_FLOATS_20(d, i) NEW_FLOATS_8(d, i), NEW_FLOATS_12(d, i + 8)
 #define NEW_FLOATS_24(d, i) NEW_FLOATS_16(d, i), NEW_FLOATS_8(d, i + 16)
 #define NEW_FLOATS_32(d, i) NEW_FLOATS_16(d, i), NEW_FLOATS_16(d, i + 16)
-#define NEW_FLOATS_40(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_8(d, i + 32)
 #define NEW_FLOATS_44(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_12(d, i + 32)
-#define NEW_FLOATS_48(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_16(d, i + 32)
 #define NEW_FLOATS_64(d, i) NEW_FLOATS_32(d, i), NEW_FLOATS_32(d, i + 32)
 
 #define WGMMA_SHARED(type, columns, count, floats, accumulate, transpose_a, transpose_b, a_slot, b_slot) \
@@ -93,14 +91,8 @@ __device__ __forceinline__ void wgmma_shared_output(float (&d)[kColumns / 2], ui
         WGMMA_SHARED_OUTPUT(48, 24, "%24", "%25");
     } else if constexpr (kColumns == 64) {
         WGMMA_SHARED_OUTPUT(64, 32, "%32", "%33");
-    } else if constexpr (kColumns == 80) {
-        WGMMA_SHARED_OUTPUT(80, 40, "%40", "%41");
     } else if constexpr (kColumns == 88) {
         WGMMA_SHARED_OUTPUT(88, 44, "%44", "%45");
-    } else if constexpr (kColumns == 96) {
-        WGMMA_SHARED_OUTPUT(96, 48, "%48", "%49");
-    } else if constexpr (kColumns == 128) {
-        WGMMA_SHARED_OUTPUT(128, 64, "%64", "%65");
     } else {
         static_assert(kColumns == 32, "write the instruction for this number of columns above");
     }

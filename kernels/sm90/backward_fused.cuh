@@ -38,7 +38,8 @@ struct FusedBackward {
     static constexpr int kQueryChunkBytes = Step::kQueryChunkBytes;
     static constexpr int kBiasBytes = kRelativePosition ? sizeof(typename Step::Bias) : 0;
 
-    // Half blocks from `half` on, into a tile of kRows rows whose second chunk starts at column kSplit; called by a whole warp.
+    // Half blocks from `half` on, into a tile of kRows rows whose second chunk starts at column kSplit; called by a whole
+    // warp.
     template <int kRows, int kSplit = 64>
     static __device__ __forceinline__ void load(unsigned char* tile, const TensorMaps& maps, const GridParams& grid,
                                                 BlockCode block, int half, int head, int batch, uint64_t* full,
@@ -100,8 +101,8 @@ struct FusedBackward {
                     }
                     __syncwarp();
                     barrier_arrive_expect(full, kKeyBytes);
-                    load<kBlockTokens, Step::kKeySplit>(storage.key[keys.place], params.key, params.key_grid, key_block, 0, work.head,
-                                       work.batch, full);
+                    load<kBlockTokens, Step::kKeySplit>(storage.key[keys.place], params.key, params.key_grid, key_block, 0,
+                                                        work.head, work.batch, full);
                     keys.advance();
                     barrier_wait(&storage.value_free, value_parity);
                     value_parity ^= 1;
@@ -143,8 +144,8 @@ struct FusedBackward {
             if (index == FusedWork::kNone) return;
             if (threadIdx.x % 32 == 0) {
                 barrier_arrive(&storage.key_free[keys.place]);
-                int* const added = params.key_blocks_added + index / params.key_grid.num_blocks;
-                asm volatile("fence.acq_rel.gpu;\n red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(added) : "memory");
+                int* const count = params.key_blocks_added + index / params.key_grid.num_blocks;
+                asm volatile("fence.acq_rel.gpu;\n red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
             }
             __syncwarp();
             keys.advance();

@@ -3,7 +3,8 @@
 // Heads are computed one after the other. One warp announces each block of keys whose thread block has added all of its
 // dQ; another converts half blocks of queries of heads all of whose keys have been announced, whose sums then are likely
 // still in the cache. What is not converted when the last block of keys has been handed out is left to the kernel that
-// follows, which is faster. Nobody waits for these warps.
+// follows, which is faster. No thread block waits for another: what is announced is only waited for by the warp that
+// converts, which gives up.
 #pragma once
 
 #include "../common/half_block.cuh"
@@ -18,6 +19,7 @@ template <typename T, int kHeadDim>
 struct QuerySumsToGradients {
     static constexpr int kGroups = kHeadDim / 8;  // of columns
     static constexpr int kPieces = 4;             // on their way at a time
+    static_assert(kGroups >= kPieces, "the first pieces are all asked for at once");
 
     struct Tiles {
         alignas(1024) unsigned char gradients[kHalfBlockTokens * 128];  // 64 columns

@@ -80,7 +80,8 @@ struct FusedStep {
         issue_products<64>(scores, values, grad_outs);
         wgmma_commit();
     }
-    // The second chunk of `keys` starts at column kSplit.
+    // The second chunk of `keys` starts at column kSplit. From column 40 of 80 on, a step's 32 bytes lie at byte 48 of the
+    // row: the swizzle is of the sum of start and offset, so that they need not be aligned to their size.
     template <int kSplit>
     static __device__ __forceinline__ void issue_products(float (&scores)[kQueries / 2], int keys, int queries) {
 #pragma unroll

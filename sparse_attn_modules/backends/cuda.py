@@ -161,9 +161,8 @@ def _launch_backward(
     if fuses:
         grad_query_sums = workspace(_BLOCK_TOKENS, _native_head_dim(query.shape[3]))
         batch, heads, blocks = places
-        progress = query.new_empty(
-            1 + batch * (inputs.key.shape[1] + heads * blocks * 2), dtype=torch.int32
-        )  # params.h
+        # Blocks of keys taken, [B, Hk] of them added, [B, Hq, Q, 2] half blocks of queries finished: kernels/params.h
+        progress = query.new_empty(1 + batch * (inputs.key.shape[1] + heads * blocks * 2), dtype=torch.int32)
     lists: tuple[Tensor | None, ...] = (None,) * 5
     if not inputs.is_dense:
         lists = (inputs.key_counts, inputs.key_indices, inputs.row_order, inputs.query_counts, inputs.query_indices)
