@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..patterns import CalibratedLayer, CalibratedPattern, Pattern
-from ..patterns.calibrated import pack_blocks
+from ..patterns.calibrated_layer import pack_blocks
 from ..token_grid import TokenGrid
 
 _DIGITS = 6

@@ -28,7 +28,7 @@ from sparse_attn_modules import (
     unpatch_model,
 )
 from sparse_attn_modules.patterns import CalibratedLayer
-from sparse_attn_modules.patterns.calibrated import pack_blocks, unpack_blocks
+from sparse_attn_modules.patterns.calibrated_layer import pack_blocks, unpack_blocks
 
 timm = pytest.importorskip("timm")
 

@@ -1,7 +1,8 @@
 """Patterns: rules that choose which blocks attention computes."""
 
 from .base import CustomPattern, Dense, Pattern, Union
-from .calibrated import CalibratedLayer, CalibratedPattern
+from .calibrated import CalibratedPattern
+from .calibrated_layer import CalibratedLayer
 from .combined import Hybrid, ImageToPrompt
 from .dynamic import DynamicPattern, DynamicTopK, DynamicTopP
 from .learned import LearnedTopK

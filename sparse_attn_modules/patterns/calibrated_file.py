@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ..token_grid import TokenGrid
-from .calibrated import CalibratedLayer, CalibratedPattern
+from .calibrated_layer import CalibratedLayer
+
+Made = TypeVar("Made")
 
 FORMAT = "sparse_attn_modules.CalibratedPattern"
 VERSION = 1
@@ -21,20 +24,28 @@ _MAX_HEADER = 100 << 20  # what the safetensors package accepts
 _DIGITS = 6
 
 
-def write(pattern: CalibratedPattern, path: str | os.PathLike[str]) -> None:
-    """Writes the pattern under another name first, so that a file that exists is complete."""
+def write(
+    path: str | os.PathLike[str],
+    layers: tuple[CalibratedLayer, ...],
+    *,
+    images: int,
+    density: float,
+    mass_kept: float,
+) -> None:
+    """Writes a pattern under another name first, so that a file that exists is complete."""
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "density": f"{pattern.density:.{_DIGITS}f}",
-        "mass_kept": f"{pattern.mass_kept:.{_DIGITS}f}",
-        "images": str(pattern.images),
-        "layers": json.dumps([_described(layer) for layer in pattern.layers]),
+        "density": f"{density:.{_DIGITS}f}",
+        "mass_kept": f"{mass_kept:.{_DIGITS}f}",
+        "images": str(images),
+        "layers": json.dumps([_described(layer) for layer in layers]),
     }
     header: dict[str, Any] = {"__metadata__": metadata}
     data = b""
-    for layer in pattern.sparse_layers:
-        assert layer.packed is not None
+    for layer in layers:
+        if layer.packed is None:
+            continue
         assert layer.grid is not None
         blocks = layer.grid.num_blocks
         header[layer.name] = {
@@ -51,8 +62,8 @@ def write(pattern: CalibratedPattern, path: str | os.PathLike[str]) -> None:
     unfinished.replace(target)
 
 
-def read(path: str | os.PathLike[str]) -> CalibratedPattern:
-    """The pattern in a file.
+def read(path: str | os.PathLike[str], make: Callable[[tuple[CalibratedLayer, ...], int], Made]) -> Made:
+    """What ``make`` makes of the layers in a file, and of the number of images they were chosen on.
 
     Raises:
         ValueError: if it is no file of a calibrated pattern, or one of another version, or damaged.
@@ -67,7 +78,7 @@ def read(path: str | os.PathLike[str]) -> CalibratedPattern:
         _refuse(path, f"be of version {VERSION}, the one that this release reads", repr(metadata.get("version")))
     try:
         layers = tuple(_layer(facts, header, data) for facts in json.loads(metadata["layers"]))
-        return CalibratedPattern(layers, int(metadata["images"]))
+        return make(layers, int(metadata["images"]))
     except (KeyError, TypeError, IndexError, ValueError) as error:
         _refuse(path, "be complete", f"{type(error).__name__}: {error}")
 
