@@ -11,7 +11,6 @@
 namespace sparse_attn {
 namespace {
 
-
 using Launch = cudaError_t (*)(const ForwardParams&, int, cudaStream_t);
 
 template <typename T>

@@ -37,22 +37,6 @@ struct KeyPlaces {
     }
 };
 
-// Sums += dS places, dS from registers.
-template <typename T>
-__device__ __forceinline__ void wgmma_sums(float (&d)[12], const uint32_t (&a)[4], uint64_t b) {
-#define WGMMA_SUMS(type) \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n24k16.f32." type "." type \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, {%12, %13, %14, %15}, %16, 1, 1, 1, 0;" \
-                 : FLOATS_8(d, 0), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        WGMMA_SUMS("bf16");
-    } else {
-        WGMMA_SUMS("f16");
-    }
-#undef WGMMA_SUMS
-}
-
 // Of one block of queries. Lies in shared memory, as no register can be spared between the products.
 template <typename T>
 class RelativePositionSums {

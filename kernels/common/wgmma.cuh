@@ -104,31 +104,34 @@ __device__ __forceinline__ void wgmma_logits(float (&d)[64], uint64_t a, uint64_
 #undef WGMMA_LOGITS
 }
 
-// Accumulator += A B, A from registers and B from shared memory with its depth down the rows: weights times values.
-template <typename T, int kColumns>
+// Accumulator += A B, A from registers and B from shared memory with its depth down the rows: weights times values. Or along
+// the rows: A B^T.
+template <typename T, int kColumns, bool kDepthDownRows = true>
 __device__ __forceinline__ void wgmma_output(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b) {
-#define WGMMA_OUTPUT(type, columns, count, a0, a1, a2, a3, descriptor) \
+#define WGMMA_OUTPUT(type, columns, count, a0, a1, a2, a3, descriptor, transpose_b) \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" ACCUMULATORS_##count "}, " \
-                 "{" a0 ", " a1 ", " a2 ", " a3 "}, " descriptor ", 1, 1, 1, 1;" \
-                 : FLOATS_##count(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+                 "{" a0 ", " a1 ", " a2 ", " a3 "}, " descriptor ", 1, 1, 1, " transpose_b ";" \
+                 : FLOATS_##count(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kDepthDownRows)))
 #define WGMMA_OUTPUT_OF_TYPE(columns, count, ...) \
     if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
         WGMMA_OUTPUT("bf16", columns, count, __VA_ARGS__); \
     } else { \
         WGMMA_OUTPUT("f16", columns, count, __VA_ARGS__); \
     }
-    if constexpr (kColumns == 32) {
-        WGMMA_OUTPUT_OF_TYPE(32, 16, "%16", "%17", "%18", "%19", "%20");
+    if constexpr (kColumns == 24) {
+        WGMMA_OUTPUT_OF_TYPE(24, 12, "%12", "%13", "%14", "%15", "%16", "%17");
+    } else if constexpr (kColumns == 32) {
+        WGMMA_OUTPUT_OF_TYPE(32, 16, "%16", "%17", "%18", "%19", "%20", "%21");
     } else if constexpr (kColumns == 64) {
-        WGMMA_OUTPUT_OF_TYPE(64, 32, "%32", "%33", "%34", "%35", "%36");
+        WGMMA_OUTPUT_OF_TYPE(64, 32, "%32", "%33", "%34", "%35", "%36", "%37");
     } else if constexpr (kColumns == 72) {
-        WGMMA_OUTPUT_OF_TYPE(72, 36, "%36", "%37", "%38", "%39", "%40");
+        WGMMA_OUTPUT_OF_TYPE(72, 36, "%36", "%37", "%38", "%39", "%40", "%41");
     } else if constexpr (kColumns == 80) {
-        WGMMA_OUTPUT_OF_TYPE(80, 40, "%40", "%41", "%42", "%43", "%44");
+        WGMMA_OUTPUT_OF_TYPE(80, 40, "%40", "%41", "%42", "%43", "%44", "%45");
     } else if constexpr (kColumns == 96) {
-        WGMMA_OUTPUT_OF_TYPE(96, 48, "%48", "%49", "%50", "%51", "%52");
+        WGMMA_OUTPUT_OF_TYPE(96, 48, "%48", "%49", "%50", "%51", "%52", "%53");
     } else if constexpr (kColumns == 128) {
-        WGMMA_OUTPUT_OF_TYPE(128, 64, "%64", "%65", "%66", "%67", "%68");
+        WGMMA_OUTPUT_OF_TYPE(128, 64, "%64", "%65", "%66", "%67", "%68", "%69");
     } else {
         static_assert(kColumns == 32, "write the instruction for this number of columns above");
     }

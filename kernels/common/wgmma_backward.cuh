@@ -54,29 +54,6 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[kColumns / 2], uint64_t 
     }
 }
 
-// Accumulator += A B^T, A from registers and B from shared memory with its depth along the rows: what rel_w adds to scores.
-template <typename T, int kColumns>
-__device__ __forceinline__ void wgmma_bias(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b) {
-#define WGMMA_BIAS(type, columns, count, a0, a1, a2, a3, descriptor) \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" ACCUMULATORS_##count "}, " \
-                 "{" a0 ", " a1 ", " a2 ", " a3 "}, " descriptor ", 1, 1, 1, 0;" \
-                 : FLOATS_##count(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define WGMMA_BIAS_OF_TYPE(columns, count, ...) \
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
-        WGMMA_BIAS("bf16", columns, count, __VA_ARGS__); \
-    } else { \
-        WGMMA_BIAS("f16", columns, count, __VA_ARGS__); \
-    }
-    if constexpr (kColumns == 64) {
-        WGMMA_BIAS_OF_TYPE(64, 32, "%32", "%33", "%34", "%35", "%36");
-    } else {
-        static_assert(kColumns == 128, "write the instruction for this number of columns above");
-        WGMMA_BIAS_OF_TYPE(128, 64, "%64", "%65", "%66", "%67", "%68");
-    }
-#undef WGMMA_BIAS_OF_TYPE
-#undef WGMMA_BIAS
-}
-
 // Accumulator (+)= A B, both from shared memory, B with its depth down the rows: dS K.
 template <typename T, int kColumns, bool kAccumulate>
 __device__ __forceinline__ void wgmma_shared_output(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {

@@ -114,7 +114,7 @@ struct FusedStep {
             const int rel_w = tile_along_rows(storage.bias[slot].rel_w);  // not made between the products
             issue_products<kKeySplit>(scores, keys, queries);
 #pragma unroll
-            for (int i = 0; i < 2; i++) wgmma_bias<T, kQueries>(scores, factors[i], narrow_tile_descriptor(rel_w));
+            for (int i = 0; i < 2; i++) wgmma_output<T, kQueries, false>(scores, factors[i], narrow_tile_descriptor(rel_w));
         } else {
             issue_products<kKeySplit>(scores, keys, queries);
         }

@@ -330,7 +330,7 @@ struct QueryBackward {
                 for (int k = 0; k < kKeys / 16; k++) {
                     const int half = kSteps == 1 ? k / 4 : step % 2;
                     const int places = tile_along_rows(storage.places.tiles[half]);
-                    wgmma_sums<T>(sums, a[k], tile_descriptor(places + k % 4 * kDepthStepAlongRows));
+                    wgmma_output<T, 24, false>(sums, a[k], tile_descriptor(places + k % 4 * kDepthStepAlongRows));
                 }
             }
             wgmma_commit();
