@@ -34,7 +34,7 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
                           const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value,
                           const Tensor& statistics, const std::optional<Tensor>& grad_rel_h,
                           const std::optional<Tensor>& grad_rel_w, const std::optional<Tensor>& rel_w_sums,
-                          const std::optional<Tensor>& grad_query_sums, const std::optional<Tensor>& progress,
+                          const std::optional<Tensor>& grad_query_sums, const Tensor& progress,
                           const std::optional<Tensor>& rel_offsets, const std::optional<Tensor>& rel_sums,
                           const std::optional<Tensor>& key_counts, const std::optional<Tensor>& key_indices,
                           const std::optional<Tensor>& row_order, const std::optional<Tensor>& query_counts,
@@ -145,16 +145,16 @@ inline void backward_sm90(const Tensor& query, const Tensor& key, const Tensor& 
     params.mask_keys = params.key_padding != nullptr || has_ragged_blocks(params.key_grid);
     params.dropout = dropout_params(dropout_seed, dropout_p);
 
+    const int64_t watched = batch * (key_heads + heads * query_blocks * 2);  // by the fused kernel
+    check_tensor("progress", progress, ScalarType::Int, {1 + (grad_query_sums.has_value() ? watched : 0)});
+    check_contiguous("progress", progress);
+    params.blocks_taken = static_cast<int*>(progress.mutable_data_ptr());
     if (grad_query_sums.has_value()) {
-        STD_TORCH_CHECK(!dropout_seed.has_value() && progress.has_value(),
-                        "block_sparse_attention: grad_query_sums must come with progress and no dropout");
+        STD_TORCH_CHECK(!dropout_seed.has_value(), "block_sparse_attention: grad_query_sums must come without dropout");
         check_tensor("grad_query_sums", *grad_query_sums, ScalarType::Float,
                     {batch, heads, query_blocks, kBlockTokens, native_head_dim(head_dim, false)});
-        check_tensor("progress", *progress, ScalarType::Int, {1 + batch * (key_heads + heads * query_blocks * 2)});
-        check_contiguous("progress", progress);
         check_contiguous("grad_query_sums", grad_query_sums);
         params.grad_query_sums = pointer<float>(grad_query_sums);
-        params.blocks_taken = pointer<int>(progress);
         params.key_blocks_added = params.blocks_taken + 1;
         params.finished = params.key_blocks_added + batch * key_heads;
     }

@@ -93,8 +93,8 @@ struct BackwardParams {
     const float* grad_lse;       // likewise, its gradient; null: not used
     float* statistics;           // [B, Hq, Q, 64, 4]: see common/statistics.cuh
     float* grad_query_sums;      // [B, Hq, Q, 2, D / 8, 128, 4]: see common/query_sums.cuh
-    int* blocks_taken;           // of keys, beyond the first of each thread block; this and the next two: zero before the
-                                 // fused kernel
+    int* blocks_taken;           // of keys (halves, by the pair's kernel), beyond the first ones; the kernel before it makes
+                                 // this and the next two zero
     int* key_blocks_added;       // [B, Hk]: blocks of keys whose part of all dQ has been added
     int* finished;               // [B, Hq, Q, 2]: whether the fused kernel itself has made gradients of the sums
 

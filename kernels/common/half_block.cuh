@@ -29,6 +29,21 @@ __device__ __forceinline__ int block_of_code(const GridParams& grid, BlockCode c
     return grid.prefix_blocks + (code >> kCodeRowShift) * grid.tile_columns + column;
 }
 
+// Starts the copy of half a block from chunks of 64 columns; one thread calls it.
+template <int kChunks>
+__device__ __forceinline__ void store_half_block(const TensorMaps& maps, const GridParams& grid, BlockCode block, int half,
+                                                 int head, int batch, const unsigned char* rows, int chunk_bytes) {
+    TileCoordinates at = half_block_at(grid, block, half, head, batch);
+    with_map(maps, block, [&](const CUtensorMap* map) {
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; chunk++) {
+            at.column = 64 * chunk;
+            tma_store(map, rows + chunk * chunk_bytes, at);
+        }
+    });
+    tma_store_commit();
+}
+
 // Writes a warpgroup's 64 x kHeadDim accumulators, times `factor`, into a 128-byte-swizzled tile of 64 rows. Rows that are
 // not `kept` become zero, whatever they hold.
 template <typename T, int kHeadDim>

@@ -28,6 +28,27 @@ __device__ __forceinline__ QueryRow query_row(const Params& params, int rank, in
     return {block, first + block};
 }
 
+// A block of queries, as a thread block that stays for many of them gets it. Heads follow each other, so that their keys
+// and values stay in the cache. Every other one starts with its shortest rows: a thread block meets about the same ranks in
+// each head, and so long and short rows balance.
+struct RowWork {
+    int rank, head, entry;  // of the batch, or the window
+
+    template <typename Params>
+    __device__ __forceinline__ RowWork(const Params& params, int index) {
+        const int rows = params.query_grid.num_blocks, any_head = index / rows;
+        rank = index - any_head * rows;
+        if (any_head % 2) rank = rows - 1 - rank;
+        entry = any_head / params.query_heads;
+        head = any_head - entry * params.query_heads;
+    }
+
+    template <typename Params>
+    static __host__ __device__ __forceinline__ int count(const Params& params) {
+        return params.query_grid.num_blocks * params.query_heads * params.batch;
+    }
+};
+
 class KeyList {
   public:
     // Called by whole warps. `list` is the row of the index lists.
@@ -40,9 +61,12 @@ class KeyList {
 
     // Finds the query block that is launched as number `rank`, and opens its list. Rows of equal length are launched as
     // they are numbered; so the list of block `rank` is asked for before it is known whether it is this one.
-    template <typename Params>
-    __device__ __forceinline__ QueryRow open_row(const Params& params, int rank, int head, int batch) {
+    // `meanwhile` is called while the entries are on their way.
+    template <typename Params, typename Meanwhile>
+    __device__ __forceinline__ QueryRow open_row(const Params& params, int rank, int head, int batch,
+                                                 const Meanwhile& meanwhile) {
         if (params.key_counts == nullptr) {
+            meanwhile();
             open(params, 0);
             return {rank, 0};
         }
@@ -50,6 +74,7 @@ class KeyList {
         int block = params.row_order == nullptr ? rank : __ldg(&params.row_order[first + rank]);
         int loaded = __ldg(&params.key_counts[first + rank]);
         int entry = entry_of_lane(params, first + rank, 0);
+        meanwhile();
         block = warp_uniform(block);
         if (block != rank) {
             loaded = __ldg(&params.key_counts[first + block]);
@@ -58,6 +83,11 @@ class KeyList {
         window_ = code_of_block(params.key_grid, entry);
         count = warp_uniform(loaded);
         return {block, first + block};
+    }
+
+    template <typename Params>
+    __device__ __forceinline__ QueryRow open_row(const Params& params, int rank, int head, int batch) {
+        return open_row(params, rank, head, batch, [] {});
     }
 
     // Called by whole warps, with `position` below count and growing by one from call to call.

@@ -12,12 +12,12 @@ template <typename T, int kKeys, bool kRelativePosition, bool kMaskedKeys, bool 
 class KeyOffsets {
   public:
     // `offset` is L of the queries; `first_slot` is where in their block the keys begin.
-    __device__ __forceinline__ KeyOffsets(const BackwardParams& params, BlockCode key_block, int first_slot,
+    __device__ __forceinline__ KeyOffsets(const BackwardParams& params, BlockCode key_block, int batch, int first_slot,
                                           const RelativePositionTile<T>* bias, const float (&offset)[2]) {
         if constexpr (kMaskedKeys) {
             const BlockPlace place(params.key_grid, key_block);
             is_masked_ = params.key_padding != nullptr || !place.is_full();
-            if (is_masked_) existing_keys(exists_, params, place, blockIdx.z, first_slot);
+            if (is_masked_) existing_keys(exists_, params, place, batch, first_slot);
         }
         if constexpr (kRelativePosition) {
             const bool has_bias = part_of(key_block) == kImage && (!kDropout || params.relative_position);

@@ -29,6 +29,16 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Called by a whole warp that has done all its reads of a buffer: one arrival.
+__device__ __forceinline__ void barrier_leave(uint64_t* barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
+// Called by a whole warp. Reads shared memory through the lane whose arrival frees it, so that the read is ordered before
+// the next write. Not for negative values.
+__device__ __forceinline__ int from_lane_0(const int& value) { return warp_uniform(threadIdx.x % 32 == 0 ? value : 0); }
+
 // Called by a whole warp; lane 0 arrives.
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
     if (threadIdx.x % 32 == 0) {

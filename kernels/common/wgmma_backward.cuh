@@ -54,6 +54,44 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[kColumns / 2], uint64_t 
     }
 }
 
+// Scores = A B^T of 64 rows of A and 2 kPairs rows of B, whose chunks of 64 columns lie as far apart as said.
+template <typename T, int kHeadDim, int kPairs>
+__device__ __forceinline__ void issue_scores(float (&scores)[kPairs], int a_tile, int a_chunk_bytes, int b_tile,
+                                             int b_chunk_bytes) {
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; step++) {
+        const int along = step % 4 * kDepthStepAlongRows;
+        const uint64_t a = tile_descriptor(a_tile + step / 4 * (a_chunk_bytes >> 4) + along);
+        const uint64_t b = tile_descriptor(b_tile + step / 4 * (b_chunk_bytes >> 4) + along);
+        if (step == 0) {
+            wgmma_scores<T, 2 * kPairs, false>(scores, a, b);
+        } else {
+            wgmma_scores<T, 2 * kPairs, true>(scores, a, b);
+        }
+    }
+    wgmma_commit();
+}
+
+// This thread's two of 64 rows of one tile, each times the same row of another: the diagonal of A B^T.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void product_of_rows(float (&products)[2], int a_tile, int b_tile, int chunk_bytes) {
+    float square[32];
+    wgmma_fence();
+    issue_scores<T, kHeadDim>(square, a_tile, chunk_bytes, b_tile, chunk_bytes);
+    wgmma_wait<0>(square);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row = lane / 4;  // of 8
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float product = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int at = 8 * j + 6 * i;
+            if (warp == j) product = row % 2 ? square[at + 1] : square[at];
+        }
+        products[i] = __shfl_sync(0xffffffff, product, lane / 4 * 4 + row / 2);
+    }
+}
+
 // Accumulator (+)= A B, both from shared memory, B with its depth down the rows: dS K.
 template <typename T, int kColumns, bool kAccumulate>
 __device__ __forceinline__ void wgmma_shared_output(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {

@@ -175,11 +175,6 @@ struct FusedBackward {
         }
     }
 
-    // Reads through the lane whose arrival frees the place, so that the read is ordered before the next write.
-    static __device__ __forceinline__ int from_lane_0(const int& value) {
-        return warp_uniform(threadIdx.x % 32 == 0 ? value : 0);
-    }
-
     static __device__ __forceinline__ BlockCode key_block_of(const Storage& storage, int slot) {
         if constexpr (kRelativePosition) return from_lane_0(storage.key_block[slot]);
         return 0;

@@ -3,8 +3,8 @@
 
 #include "../common/half_block.cuh"
 #include "../common/overlapping_launch.cuh"
+#include "../common/query_statistics.cuh"
 #include "../common/query_sums.cuh"
-#include "../common/statistics.cuh"
 #include "../common/tma.cuh"
 
 namespace sparse_attn {
@@ -77,25 +77,14 @@ struct PrepareBackward {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int at = row * 128 + (((4 * part + i) ^ (row % 8)) << 4);
-                delta += dot(*reinterpret_cast<const uint4*>(storage.grad_out[chunk] + at),
-                             *reinterpret_cast<const uint4*>(storage.out[chunk] + at));
+                delta += dot<T>(*reinterpret_cast<const uint4*>(storage.grad_out[chunk] + at),
+                                *reinterpret_cast<const uint4*>(storage.out[chunk] + at));
             }
         }
         delta += __shfl_xor_sync(0xffffffff, delta, 1);
         delta = offset == INFINITY ? 0.0f : delta - grad_lse;
         float* const statistics = params.statistics + any_half_block * (2 * kHalfBlockTokens);
         statistics[row / 2 * 4 + 2 * part + row % 2] = part == 0 ? offset : delta;
-    }
-
-    static __device__ __forceinline__ float dot(const uint4& x, const uint4& y) {
-        const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float2 a = unpack<T>(xs[i]), b = unpack<T>(ys[i]);
-            sum = fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
-        }
-        return sum;
     }
 };
 

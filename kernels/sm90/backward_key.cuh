@@ -1,5 +1,5 @@
-// Gradients of keys and values without atomics: a thread block owns 64 keys and walks over the queries that attend to
-// them.
+// Gradients of keys and values without atomics, with a relative position or dropout: a thread block owns 64 keys and walks
+// over the queries that attend to them.
 //
 // One warpgroup computes the transposed products K Q^T and V dO^T of 64 keys and 64 queries, so that the weights P^T and
 // the gradients dS^T of the logits lie in registers as dV += P^T dO and dK += dS^T Q take them. Nothing overlaps inside
@@ -21,10 +21,9 @@
 
 namespace sparse_attn {
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kDropout>
+template <typename T, int kHeadDim, bool kDropout>
 struct KeyBackward {
     static_assert(kHeadDim <= 128, "two 64-wide chunks per tile");
-    static_assert(kRelativePosition || !kDropout, "dropout is for the general variant");
     static constexpr int kThreads = 128;
     static constexpr int kWarps = kThreads / 32;
     static constexpr int kThreadBlocks = kHeadDim <= 64 && !kDropout ? 3 : 2;  // per multiprocessor
@@ -33,8 +32,8 @@ struct KeyBackward {
     static constexpr int kChunkBytes = kHalfBlockTokens * 128;
     static constexpr int kTileBytes = kChunks * kChunkBytes;
 
-    struct NoBias {};
-    using Bias = std::conditional_t<kRelativePosition, HalfBlockBias<T>, NoBias>;
+    using Bias = HalfBlockBias<T>;
+    struct Nothing {};
 
     // Half a block of queries.
     struct QueryPlace {
@@ -50,7 +49,7 @@ struct KeyBackward {
         alignas(128) Bias bias[kStages];
         alignas(16) PairStatistics statistics[kStages][kHalfBlockTokens / 2];
         uint64_t key_full, full[kStages], free[kStages];
-        std::conditional_t<kDropout, QueryPlace, NoBias> place[kStages];
+        std::conditional_t<kDropout, QueryPlace, Nothing> place[kStages];
     };
     static_assert(kThreadBlocks * (sizeof(Storage) + 1024) <= 228 * 1024, "the thread blocks must fit in one multiprocessor");
 
@@ -94,33 +93,16 @@ struct KeyBackward {
                 if (threadIdx.x % 32 == 0) storage.place[stage] = {block, half, list.head};
                 __syncwarp();
             }
-            const bool has_bias =
-                kRelativePosition && part_of(place.block) == kImage && (!kDropout || params.relative_position);
+            const bool has_bias = part_of(place.block) == kImage && (!kDropout || params.relative_position);
             barrier_arrive_expect(full, 2 * kTileBytes + sizeof(storage.statistics[0]) + (has_bias ? sizeof(Bias) : 0));
             const TileCoordinates at = half_block_at(params.query_grid, block, half, list.head, place.batch);
             load(storage.query[stage], params.query, block, at, full);
             load(storage.grad_out[stage], params.grad_out, block, at, full);
             const int half_block = 2 * block_of_code(params.query_grid, block) + half;
             load_statistics(storage.statistics[stage], params, half_block, list.head, place.batch, full);
-            if constexpr (kRelativePosition) {
-                if (has_bias) storage.bias[stage].load(params, block, at, place.block, full);
-            }
+            if (has_bias) storage.bias[stage].load(params, block, at, place.block, full);
         }
     };
-
-    static __device__ __forceinline__ void issue_scores(float (&scores)[32], int keys, int queries) {
-#pragma unroll
-        for (int step = 0; step < kHeadDim / 16; step++) {
-            const int offset = step / 4 * (kChunkBytes >> 4) + step % 4 * kDepthStepAlongRows;
-            const uint64_t a = tile_descriptor(keys + offset), b = tile_descriptor(queries + offset);
-            if (step == 0) {
-                wgmma_scores<T, 64, false>(scores, a, b);
-            } else {
-                wgmma_scores<T, 64, true>(scores, a, b);
-            }
-        }
-        wgmma_commit();
-    }
 
     static __device__ __forceinline__ void issue_gradient(float (&gradient)[kHeadDim / 2], const uint32_t (&a)[4][4],
                                                           int queries) {
@@ -140,6 +122,18 @@ struct KeyBackward {
                 dropout_row(params.dropout, any_head, place.token(slot + 1))};
     }
 
+    // What needs no list, while the lists are on their way.
+    static __device__ __forceinline__ void prepare(const BackwardParams& params, Storage& storage) {
+        tma_prefetch_map(&params.query.image);
+        tma_prefetch_map(&params.grad_out.image);
+        barrier_init(&storage.key_full, 1);
+        for (int stage = 0; stage < kStages; stage++) {
+            barrier_init(&storage.full[stage], 1);
+            barrier_init(&storage.free[stage], kWarps);
+        }
+        barrier_init_fence();
+    }
+
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
         const int warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
         const int key_block = blockIdx.x / 2;
@@ -147,29 +141,22 @@ struct KeyBackward {
                           int(blockIdx.z)};
         const BlockPlace tokens(params.key_grid, place.block);
         if (!tokens.exists(place.half * kHalfBlockTokens)) return;
-        const int total = 2 * QueryList::length(params, key_block, place.head, place.batch);
-        if (threadIdx.x == 0) {
-            tma_prefetch_map(&params.query.image);
-            tma_prefetch_map(&params.grad_out.image);
-            barrier_init(&storage.key_full, 1);
-            for (int stage = 0; stage < kStages; stage++) {
-                barrier_init(&storage.full[stage], 1);
-                barrier_init(&storage.free[stage], kWarps);
-            }
-            barrier_init_fence();
-        }
-        if constexpr (kRelativePosition) {
-            if (part_of(place.block) != kImage || (kDropout && !params.relative_position)) {
-                for (int stage = 0; stage < kStages; stage++) storage.bias[stage].clear();
-            }
-        }
-        __syncthreads();
         Loader loader;
-        if (warp == 1 && total > 0) load_keys(storage, params, place);
-        await_kernel_before();  // which writes the statistics
-        if (warp == 0 && total > 0) {
+        if (warp == 0) {
+            if (lane == 0) prepare(params, storage);
+            __syncwarp();
+            // Fetched even if nobody attends to them: waiting for the number of queries would delay all others.
+            load_keys(storage, params, place);
             loader.half = 1;
             loader.list.open(params, key_block, place.head, place.batch);
+        }
+        const int total = 2 * QueryList::length(params, key_block, place.head, place.batch);
+        if (part_of(place.block) != kImage || (kDropout && !params.relative_position)) {
+            for (Bias& bias : storage.bias) bias.clear();
+        }
+        __syncthreads();
+        await_kernel_before();  // which writes the statistics
+        if (warp == 0) {
             for (int stage = 0; stage < kStages && stage < total; stage++) loader.load_step(storage, params, place, stage);
         }
 
@@ -177,33 +164,30 @@ struct KeyBackward {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; i++) grad_key[i] = grad_value[i] = 0.0f;
         const int key_tile = tile_along_rows(storage.key), value_tile = tile_along_rows(storage.value);
-        if (total > 0) barrier_wait(&storage.key_full, 0);
+        const int query_tiles = tile_along_rows(storage.query), query_rows = tile_down_rows(storage.query, kChunkBytes);
+        const int grad_out_tiles = tile_along_rows(storage.grad_out);
+        const int grad_out_rows = tile_down_rows(storage.grad_out, kChunkBytes);
+        constexpr int kStageDistance = kTileBytes >> 4;
+        barrier_wait(&storage.key_full, 0);
         int stage = 0;
         uint32_t parity = 0;
         for (int step = 0; step < total; step++) {
             barrier_wait(&storage.full[stage], parity);
+            // Reads queue behind those of the products: these are sent ahead of them.
+            const PairStatistics* const statistics = storage.statistics[stage];
+            const float2 offset = storage.bias[stage].offset_of_lane(statistics, 4 * place.half + warp);
             float weights[32], grads[32];
             wgmma_fence();
-            issue_scores(weights, key_tile, tile_along_rows(storage.query[stage]));
-            issue_scores(grads, value_tile, tile_along_rows(storage.grad_out[stage]));
+            issue_scores<T, kHeadDim>(weights, key_tile, kChunkBytes, query_tiles + stage * kStageDistance, kChunkBytes);
+            issue_scores<T, kHeadDim>(grads, value_tile, kChunkBytes, grad_out_tiles + stage * kStageDistance, kChunkBytes);
             // The stage that was left last is refilled in the shade of these products.
             if (warp == 0 && step > 0 && step + kStages - 1 < total) {
                 const int left = stage == 0 ? kStages - 1 : stage - 1;
                 barrier_wait(&storage.free[left], stage == 0 ? parity ^ 1 : parity);
                 loader.load_step(storage, params, place, left);
             }
-            const PairStatistics* statistics = storage.statistics[stage];
             wgmma_wait<1>(weights);
-            if constexpr (kRelativePosition) {
-                const float2 offset = storage.bias[stage].offset_of_lane(statistics, 4 * place.half + warp);
-                storage.bias[stage].exponentiate(weights, offset, params.scale_log2);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const PairStatistics& pair = statistics[4 * i + lane % 4];
-                    exponentiate(weights, i, params.scale_log2, pair.offset);
-                }
-            }
+            storage.bias[stage].exponentiate(weights, offset, params.scale_log2);
             wgmma_wait<0>(grads);
             uint32_t a_weights[4][4], a_grads[4][4];
             uint2 dropout_rows;
@@ -238,13 +222,12 @@ struct KeyBackward {
             pin_registers(grad_value);
             pin_registers(grad_key);
             wgmma_fence();
-            issue_gradient(grad_value, a_weights, tile_down_rows(storage.grad_out[stage], kChunkBytes));
-            issue_gradient(grad_key, a_grads, tile_down_rows(storage.query[stage], kChunkBytes));
+            issue_gradient(grad_value, a_weights, grad_out_rows + stage * kStageDistance);
+            issue_gradient(grad_key, a_grads, query_rows + stage * kStageDistance);
             wgmma_commit();
             wgmma_wait<0>(grad_value);
             pin_registers(grad_key);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&storage.free[stage]);
+            barrier_leave(&storage.free[stage]);
             if (++stage == kStages) {
                 stage = 0;
                 parity ^= 1;
@@ -272,29 +255,19 @@ struct KeyBackward {
         fence_async_proxy();
         __syncthreads();
         if (threadIdx.x != 0) return;
-        const TileCoordinates at = half_block_at(params.key_grid, place.block, place.half, place.head, place.batch);
-        store(params.grad_key, storage.key, place.block, at);
-        store(params.grad_value, storage.value, place.block, at);
-        tma_store_commit();
+        const GridParams& grid = params.key_grid;
+        store_half_block<kChunks>(params.grad_key, grid, place.block, place.half, place.head, place.batch, storage.key,
+                                  kChunkBytes);
+        store_half_block<kChunks>(params.grad_value, grid, place.block, place.half, place.head, place.batch, storage.value,
+                                  kChunkBytes);
         tma_store_wait_read();
-    }
-
-    static __device__ __forceinline__ void store(const TensorMaps& maps, const unsigned char* tile, BlockCode block,
-                                                 TileCoordinates at) {
-        with_map(maps, block, [&](const CUtensorMap* map) {
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; chunk++) {
-                at.column = 64 * chunk;
-                tma_store(map, tile + chunk * kChunkBytes, at);
-            }
-        });
     }
 };
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kDropout>
-__global__ void __launch_bounds__(128, KeyBackward<T, kHeadDim, kRelativePosition, kDropout>::kThreadBlocks)
+template <typename T, int kHeadDim, bool kDropout>
+__global__ void __launch_bounds__(128, KeyBackward<T, kHeadDim, kDropout>::kThreadBlocks)
     backward_key(const __grid_constant__ BackwardParams params) {
-    using Kernel = KeyBackward<T, kHeadDim, kRelativePosition, kDropout>;
+    using Kernel = KeyBackward<T, kHeadDim, kDropout>;
     extern __shared__ __align__(1024) unsigned char shared[];
     Kernel::run(params, *reinterpret_cast<typename Kernel::Storage*>(shared));
 }

@@ -3,11 +3,11 @@
 //
 // Two warpgroups of 64 rows recompute the logits S = Q K^T and dP = dO V^T, make dS = P (dP - delta) of them in registers
 // and accumulate dQ += dS K. Up to head_dim 64 steps of 64 keys fit two such thread blocks in a multiprocessor, whose
-// four warpgroups hide each other's latencies; wider heads take 128 keys at a time and a multiprocessor alone. There is no
-// producer warp: the warp that is last to leave a stage refills it.
+// four warpgroups hide each other's latencies; wider heads, which come here with a relative position or dropout, take 128
+// keys at a time and a multiprocessor alone. There is no producer warp: the warp that is last to leave a stage refills it.
 //
-// delta = rowsum(dO O) is found first, from an output that waits in the last stage, and written with the log-sum-exp for
-// the kernel of keys and values.
+// delta = rowsum(dO O) is found first, on the diagonal of a product, from an output that waits in the last stage. It is
+// written with the log-sum-exp for the kernel of keys and values.
 #pragma once
 
 #include "../common/dropout.cuh"
@@ -15,8 +15,8 @@
 #include "../common/key_list.cuh"
 #include "../common/key_offsets.cuh"
 #include "../common/overlapping_launch.cuh"
+#include "../common/query_statistics.cuh"
 #include "../common/relative_position_sums.cuh"
-#include "../common/statistics.cuh"
 #include "../common/wgmma_backward.cuh"
 #include "../common/write_output.cuh"
 
@@ -91,9 +91,14 @@ struct QueryBackward {
         }
     }
 
+    // Called by a whole warp; only the relative position wants to know.
+    static __device__ __forceinline__ BlockCode query_block_of(const Storage& storage) {
+        return kRelativePosition ? warp_uniform(storage.query_block) : 0;
+    }
+
     // `step` counts all steps; the key block is the one that it is a part of.
     static __device__ __forceinline__ void load_step(Storage& storage, const BackwardParams& params, int stage,
-                                                     BlockCode key_block, int step) {
+                                                     BlockCode query_block, BlockCode key_block, int step) {
         uint64_t* full = &storage.full[stage];
         const bool has_bias = kRelativePosition && step % kSteps == 0 && part_of(key_block) == kImage &&
                               (!kDropout || params.relative_position);
@@ -110,7 +115,6 @@ struct QueryBackward {
         if constexpr (kRelativePosition) {
             if (!has_bias) return;
             Bias& bias = storage.bias[step / kSteps % 2];
-            const BlockCode query_block = warp_uniform(storage.query_block);
             const int x = x_of(params.key_grid, key_block), y = y_of(params.key_grid, key_block);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -127,21 +131,6 @@ struct QueryBackward {
         }
     }
 
-    static __device__ __forceinline__ void issue_scores(float (&scores)[kKeys / 2], int queries, int keys) {
-#pragma unroll
-        for (int step = 0; step < kHeadDim / 16; step++) {
-            const int along = step % 4 * kDepthStepAlongRows;
-            const uint64_t a = tile_descriptor(queries + step / 4 * (kQueryChunkBytes >> 4) + along);
-            const uint64_t b = tile_descriptor(keys + step / 4 * (kKeyChunkBytes >> 4) + along);
-            if (step == 0) {
-                wgmma_scores<T, kKeys, false>(scores, a, b);
-            } else {
-                wgmma_scores<T, kKeys, true>(scores, a, b);
-            }
-        }
-        wgmma_commit();
-    }
-
     // Counts this warp, which has done all its reads of the stage, as gone. Lane 0 returns how many were gone before.
     static __device__ __forceinline__ unsigned leave(Storage& storage, int stage) {
         unsigned before = 0;
@@ -155,87 +144,34 @@ struct QueryBackward {
         return before;
     }
 
-    // What is known of this thread's two queries before anything is computed: L, and the log-sum-exp's gradient as delta.
-    static __device__ __forceinline__ void read_statistics(const BackwardParams& params, BlockCode query_block,
-                                                           float (&offset)[2], float (&delta)[2]) {
-        const GridParams& grid = params.query_grid;
-        const BlockPlace place(grid, query_block);
-        const int64_t any_head = int64_t(blockIdx.z) * params.query_heads + blockIdx.y;
-        const int64_t first_token = any_head * (grid.prefix + grid.height * grid.width + grid.suffix);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int slot = query_row_of_thread() + 8 * i;
-            offset[i] = -INFINITY;
-            delta[i] = 0.0f;
-            if (place.exists(slot)) {
-                const int64_t token = first_token + place.token(slot);
-                offset[i] = __ldg(&params.lse[token]) * kLog2E;
-                if (params.grad_lse != nullptr) delta[i] = -__ldg(&params.grad_lse[token]);
-            }
-        }
-    }
-
-    // Completes them, and writes them for the kernel of keys and values.
-    static __device__ __forceinline__ void find_statistics(const BackwardParams& params, const Storage& storage,
-                                                           int query_block, float (&offset)[2], float (&delta)[2]) {
-        const int64_t any_head = int64_t(blockIdx.z) * params.query_heads + blockIdx.y;
-        const int lane_of_quad = threadIdx.x % 4;
-        float* const statistics =
-            params.statistics + (any_head * params.query_grid.num_blocks + query_block) * (2 * kBlockTokens);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int slot = query_row_of_thread() + 8 * i;
-            float sum = 0.0f;
-#pragma unroll
-            for (int group = 0; group < 2 * kChunks; group++) {
-                const int column_group = group % 2 * 4 + lane_of_quad;
-                const int at = group / 2 * kQueryChunkBytes + slot * 128 + ((column_group ^ slot % 8) << 4);
-                const uint4 out = *reinterpret_cast<const uint4*>(&storage.stages[kStages - 1].key[at]);
-                const uint4 grad = *reinterpret_cast<const uint4*>(&storage.grad_out[at]);
-                const uint32_t outs[4] = {out.x, out.y, out.z, out.w}, grads[4] = {grad.x, grad.y, grad.z, grad.w};
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const float2 x = unpack<T>(outs[j]), y = unpack<T>(grads[j]);
-                    sum = fmaf(x.x, y.x, fmaf(x.y, y.y, sum));
-                }
-            }
-            delta[i] += quad_sum(sum);
-            if (offset[i] == -INFINITY) {
-                offset[i] = INFINITY;
-                delta[i] = 0.0f;
-            }
-            float* const pair = statistics + slot / 2 * 4 + slot % 2;
-            if (lane_of_quad == 0) pair[0] = offset[i];
-            if (lane_of_quad == 1) pair[2] = delta[i];
-        }
-    }
-
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
         let_next_kernel_begin();
         const int warp = warp_uniform(threadIdx.x / 32), warpgroup = warp_uniform(threadIdx.x / 128);
         KeyList keys;
         float offset[2], delta[2];
         {
-            const QueryRow row = query_row(params, blockIdx.x, blockIdx.y, blockIdx.z);
+            const QueryRow row = keys.open_row(params, blockIdx.x, blockIdx.y, blockIdx.z, [&] {
+                if (threadIdx.x == 0) prepare(params, storage);
+                __syncthreads();
+            });
             const BlockCode query_block = warp_uniform(code_of_block(params.query_grid, row.block));
             // The queries are fetched even for a row without keys: waiting for its length would delay all others.
-            if (warp == 0) {
-                if (threadIdx.x == 0) prepare(params, storage);
-                __syncwarp();
-                load_queries(storage, params, query_block);
+            if (warp == 0) load_queries(storage, params, query_block);
+            const BlockPlace place(params.query_grid, query_block);
+            KnownStatistics known[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                known[i] = KnownStatistics::of_slot(params, place, query_row_of_thread() + 8 * i, blockIdx.y, blockIdx.z);
             }
-            keys.open(params, row.list);
+            if (warp > 0 && warp < kStages && warp - 1 < keys.count * kSteps) {
+                const BlockCode key_block = keys.next(params, row.list, (warp - 1) / kSteps);
+                load_step(storage, params, warp - 1, query_block, key_block, warp - 1);
+            }
             if (threadIdx.x == 0) {
                 storage.query_block = query_block;
                 storage.key_list = row.list;
                 if constexpr (kRelativePosition) storage.sums.place_at(params, row.block, query_block);
             }
-            __syncthreads();
-            if (warp > 0 && warp < kStages && warp - 1 < keys.count * kSteps) {
-                const BlockCode key_block = keys.next(params, storage.key_list, (warp - 1) / kSteps);
-                load_step(storage, params, warp - 1, key_block, warp - 1);
-            }
-            read_statistics(params, query_block, offset, delta);
             if constexpr (kDropout) {
                 if (threadIdx.x < kBlockTokens) {
                     const int token = BlockPlace(params.query_grid, query_block).token(threadIdx.x);
@@ -244,18 +180,29 @@ struct QueryBackward {
                 }
             }
             if constexpr (kRelativePosition) {
+                __syncthreads();
                 storage.sums.clear_rows();
                 if (!kDropout || params.relative_position) storage.sums.clear_columns(params);
                 storage.places.fill();
                 fence_async_proxy();
             }
             barrier_wait(&storage.query_full, 0);
-            find_statistics(params, storage, row.block, offset, delta);
+            const int half = warpgroup * kHalfChunkBytes;
+            float products[2];
+            product_of_rows<T, kHeadDim>(products, tile_along_rows(storage.stages[kStages - 1].key + half),
+                                         tile_along_rows(storage.grad_out + half), kQueryChunkBytes);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                offset[i] = known[i].offset();
+                delta[i] = known[i].delta(products[i]);
+            }
+            write_statistics(params, row.block, blockIdx.y, blockIdx.z, offset, delta);
             __syncthreads();
         }
         const int total = keys.count * kSteps;
         if (warp == 0 && kStages - 1 < total) {
-            load_step(storage, params, kStages - 1, keys.next(params, storage.key_list, (kStages - 1) / kSteps), kStages - 1);
+            const BlockCode block = keys.next(params, storage.key_list, (kStages - 1) / kSteps);
+            load_step(storage, params, kStages - 1, query_block_of(storage), block, kStages - 1);
         }
 
         float grad[kHeadDim / 2];
@@ -268,19 +215,22 @@ struct QueryBackward {
 
         const int query_tile = tile_along_rows(storage.query + warpgroup * kHalfChunkBytes);
         const int grad_out_tile = tile_along_rows(storage.grad_out + warpgroup * kHalfChunkBytes);
+        const int first_keys = tile_along_rows(storage.stages[0].key), first_values = tile_along_rows(storage.stages[0].value);
+        const int first_key_rows = tile_down_rows(storage.stages[0].key, kKeyChunkBytes);
+        constexpr int kStageDistance = int(sizeof(Stage) >> 4);
         unsigned gone_before = 0;  // warps that had left the stage before this one when this one left it
         int stage = 0;
         uint32_t parity = 0;
         if (kTakesTurns && warpgroup == 1 && total > 0) give_turn(0);
         for (int step = 0; step < total; step++) {
-            Stage& tiles = storage.stages[stage];
             barrier_wait(&storage.full[stage], parity);
             float weights[kKeys / 2], grads[kKeys / 2];
             // Taking turns keeps the warpgroups out of step; wider heads gain nothing by it.
             if constexpr (kTakesTurns) await_turn(warpgroup);
             wgmma_fence();
-            issue_scores(weights, query_tile, tile_along_rows(tiles.key));
-            issue_scores(grads, grad_out_tile, tile_along_rows(tiles.value));
+            issue_scores<T, kHeadDim>(weights, query_tile, kQueryChunkBytes, first_keys + stage * kStageDistance, kKeyChunkBytes);
+            issue_scores<T, kHeadDim>(grads, grad_out_tile, kQueryChunkBytes, first_values + stage * kStageDistance,
+                                      kKeyChunkBytes);
             if constexpr (kTakesTurns) give_turn(warpgroup ^ 1);
             if (step % kSteps == 0) {
                 const int position = step / kSteps + 1;
@@ -290,13 +240,13 @@ struct QueryBackward {
             // The last warp to leave a stage refills it, in the shade of these products.
             const int next_step = step + kStages - 1;
             if (step > 0 && next_step < total && warp_uniform(gone_before) == kWarps - 1) {
-                load_step(storage, params, stage == 0 ? kStages - 1 : stage - 1, next_block, next_step);
+                load_step(storage, params, stage == 0 ? kStages - 1 : stage - 1, query_block_of(storage), next_block, next_step);
             }
             const RelativePositionTile<T>* bias = nullptr;
             if constexpr (kRelativePosition) bias = &storage.bias[step / kSteps % 2];
             const int first_slot = step % kSteps * kKeys;
-            const KeyOffsets<T, kKeys, kRelativePosition, kMaskedKeys, kDropout> offsets(params, key_block, first_slot, bias,
-                                                                                         offset);
+            const KeyOffsets<T, kKeys, kRelativePosition, kMaskedKeys, kDropout> offsets(params, key_block, blockIdx.z, first_slot,
+                                                                                         bias, offset);
             wgmma_wait<1>(weights);
             offsets.exponentiate(weights, params.scale_log2, offset);
             wgmma_wait<0>(grads);
@@ -320,7 +270,7 @@ struct QueryBackward {
             if constexpr (kRelativePosition) storage.sums.begin(sums);
             pin_registers(grad);
             wgmma_fence();
-            const int key_rows = tile_down_rows(tiles.key, kKeyChunkBytes);
+            const int key_rows = first_key_rows + stage * kStageDistance;
 #pragma unroll
             for (int k = 0; k < kKeys / 16; k++) {
                 wgmma_output<T, kHeadDim>(grad, a[k], tile_descriptor(key_rows + k * kDepthStepDownRows));
@@ -355,11 +305,16 @@ struct QueryBackward {
         stage_rows<T, kHeadDim>(shared_address(rows), grad, factor);
         fence_async_proxy();
         warpgroup_sync(warpgroup);
-        if (threadIdx.x % 128 == 0) store_rows(params, storage.query_block, warpgroup, rows);
+        if (threadIdx.x % 128 == 0) {
+            store_half_block<kChunks>(params.grad_query, params.query_grid, storage.query_block, warpgroup, blockIdx.y,
+                                      blockIdx.z, rows, kQueryChunkBytes);
+            tma_store_wait_read();
+        }
     }
 
     // What needs no list, while the lists are on their way.
     static __device__ __forceinline__ void prepare(const BackwardParams& params, Storage& storage) {
+        if (blockIdx.x + blockIdx.y + blockIdx.z == 0) *params.blocks_taken = 0;
         tma_prefetch_map(&params.query.image);
         tma_prefetch_map(&params.grad_out.image);
         tma_prefetch_map(&params.out.image);
@@ -371,20 +326,6 @@ struct QueryBackward {
             storage.warps_gone[stage] = 0;
         }
         barrier_init_fence();
-    }
-
-    static __device__ __forceinline__ void store_rows(const BackwardParams& params, BlockCode block, int warpgroup,
-                                                      const unsigned char* rows) {
-        TileCoordinates at = half_block_at(params.query_grid, block, warpgroup, blockIdx.y, blockIdx.z);
-        with_map(params.grad_query, block, [&](const CUtensorMap* map) {
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; chunk++) {
-                at.column = 64 * chunk;
-                tma_store(map, rows + chunk * kQueryChunkBytes, at);
-            }
-        });
-        tma_store_commit();
-        tma_store_wait_read();
     }
 };
 

@@ -59,23 +59,8 @@ struct PersistentForward {
     };
     static_assert(kStages == 2, "Ring counts two buffers");
 
-    // Heads follow each other, so that their keys and values stay in the cache. Every other one starts with its shortest
-    // rows: a thread block meets about the same ranks in each head, and so long and short rows balance.
-    struct Work {
-        int rank, head, entry;  // of the batch, or the window
-        __device__ __forceinline__ Work(const ForwardParams& params, int index) {
-            const int rows = params.query_grid.num_blocks, any_head = index / rows;
-            rank = index - any_head * rows;
-            if (any_head % 2) rank = rows - 1 - rank;
-            entry = any_head / params.query_heads;
-            head = any_head - entry * params.query_heads;
-        }
-        __device__ __forceinline__ bool is_none(const ForwardParams& params) const {
-            return lies_outside<kWindows>(params, code_of_block(params.query_grid, rank), entry);
-        }
-    };
-    static __device__ __forceinline__ int work_count(const ForwardParams& params) {
-        return params.query_grid.num_blocks * params.query_heads * params.batch;
+    static __device__ __forceinline__ bool is_none(const ForwardParams& params, const RowWork& work) {
+        return lies_outside<kWindows>(params, code_of_block(params.query_grid, work.rank), work.entry);
     }
 
     // The loads are called by the whole producer warp.
@@ -91,7 +76,7 @@ struct PersistentForward {
     }
 
     static __device__ __forceinline__ void load_query(Storage& storage, const ForwardParams& params, Ring ring,
-                                                      const Work& work, BlockCode block, int key_count) {
+                                                      const RowWork& work, BlockCode block, int key_count) {
         const int slot = ring.slot();
         barrier_wait(&storage.query_free[slot], ring.parity() ^ 1);
         if (threadIdx.x % 32 == 0) {
@@ -107,7 +92,7 @@ struct PersistentForward {
     }
 
     static __device__ __forceinline__ void load_stage(Storage& storage, const ForwardParams& params, Ring ring,
-                                                      const Work& work, int key_head, BlockCode query_block,
+                                                      const RowWork& work, int key_head, BlockCode query_block,
                                                       BlockCode key_block) {
         const int stage = ring.slot();
         const Origin origin = origin_of<kWindows>(params, work.entry);
@@ -139,9 +124,9 @@ struct PersistentForward {
 
     static __device__ __forceinline__ void produce(const ForwardParams& params, Storage& storage) {
         Ring queries, stages;
-        for (int index = blockIdx.x; index < work_count(params); index += gridDim.x) {
-            const Work work(params, index);
-            if (work.is_none(params)) continue;
+        for (int index = blockIdx.x; index < RowWork::count(params); index += gridDim.x) {
+            const RowWork work(params, index);
+            if (is_none(params, work)) continue;
             const int key_head = work.head / params.heads_per_key_head;
             const QueryRow row = query_row(params, work.rank, work.head, work.entry);
             const BlockCode query_block = warp_uniform(code_of_block(params.query_grid, row.block));
@@ -183,17 +168,6 @@ struct PersistentForward {
         wgmma_commit();
     }
 
-    // One arrival per warp, after its products have read the buffer.
-    static __device__ __forceinline__ void leave(uint64_t* barrier, int lane) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(barrier);
-    }
-
-    // Reads through the lane whose arrival frees the buffer, so that the read is ordered before the next write.
-    static __device__ __forceinline__ int from_lane_0(const int& value) {
-        return warp_uniform(threadIdx.x % 32 == 0 ? value : 0);
-    }
-
     static __device__ __forceinline__ void begin_logits(Storage& storage, const ForwardParams& params,
                                                         float (&logits)[64], int stage, int batch, BlockCode& key_block) {
         if constexpr (kRelativePosition || kMaskedKeys) {
@@ -206,7 +180,7 @@ struct PersistentForward {
 
     // Random words of the rows of weights of this thread's two queries.
     static __device__ __forceinline__ void find_dropout_rows(uint32_t (&rows)[2], const ForwardParams& params,
-                                                             BlockCode query_block, const Work& work) {
+                                                             BlockCode query_block, const RowWork& work) {
         const BlockPlace place(params.query_grid, query_block);
         const int any_head = work.entry * params.query_heads + work.head, slot = query_row_of_thread();
         rows[0] = dropout_row(params.dropout, any_head, place.token(slot));
@@ -214,7 +188,6 @@ struct PersistentForward {
     }
 
     static __device__ __forceinline__ void consume(const ForwardParams& params, Storage& storage) {
-        const int lane = threadIdx.x % 32;
         const int warpgroup = warp_uniform(threadIdx.x / 128);
         const bool leader = threadIdx.x % 128 == 0;
         if (warpgroup == 1) give_turn(0);
@@ -227,9 +200,9 @@ struct PersistentForward {
             stored_slot = -1;
         };
 
-        for (int index = blockIdx.x; index < work_count(params); index += gridDim.x) {
-            const Work work(params, index);
-            if (work.is_none(params)) continue;
+        for (int index = blockIdx.x; index < RowWork::count(params); index += gridDim.x) {
+            const RowWork work(params, index);
+            if (is_none(params, work)) continue;
             const int slot = queries.slot();
             barrier_wait(&storage.query_full[slot], queries.parity());
             queries.uses++;
@@ -264,7 +237,7 @@ struct PersistentForward {
                 if (!kKeepsTurn) give_turn(warpgroup ^ 1);
                 wgmma_wait<0>(logits);
                 if (kKeepsTurn) give_turn(warpgroup ^ 1);
-                leave(&storage.key_free[stage], lane);
+                barrier_leave(&storage.key_free[stage]);
                 release_stored();
                 softmax.raise_maximum(logits, params.scale_log2, rescale);
 #pragma unroll
@@ -289,7 +262,7 @@ struct PersistentForward {
                     if (!kKeepsTurn) give_turn(warpgroup ^ 1);
                     wgmma_wait<1>(logits);
                     if (kKeepsTurn) give_turn(warpgroup ^ 1);
-                    leave(&storage.key_free[key_stage], lane);
+                    barrier_leave(&storage.key_free[key_stage]);
                     softmax.raise_maximum(logits, params.scale_log2, rescale);
 #pragma unroll
                     for (int step = 0; step < 8; step++) {
@@ -297,7 +270,7 @@ struct PersistentForward {
                     }
                     drop();
                     wgmma_wait<0>(out);
-                    leave(&storage.value_free[value_stage], lane);
+                    barrier_leave(&storage.value_free[value_stage]);
                     rescale_rows(out, rescale);
 #pragma unroll
                     for (int step = 0; step < 8; step++) pack_weights<T>(logits, step, weights[step]);
@@ -307,7 +280,7 @@ struct PersistentForward {
                 barrier_wait(&storage.value_full[value_stage], stages.parity());
                 issue_weights_value(out, weights, tile_down_rows(storage.value[value_stage], kChunkBytes));
                 wgmma_wait<0>(out);
-                leave(&storage.value_free[value_stage], lane);
+                barrier_leave(&storage.value_free[value_stage]);
                 stages.uses++;
             }
 

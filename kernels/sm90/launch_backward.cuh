@@ -4,7 +4,9 @@
 #include "backward_fused.cuh"
 #include "backward_helpers.cuh"
 #include "backward_key.cuh"
+#include "backward_key_persistent.cuh"
 #include "backward_query.cuh"
+#include "backward_query_persistent.cuh"
 #include "launch.h"
 #include "launch_device.cuh"
 
@@ -33,10 +35,24 @@ cudaError_t launch_query_variant(const BackwardParams& params, int device, cudaS
         Start::kAfterOthers);
 }
 
+template <typename T, int kHeadDim, bool kMaskedKeys>
+cudaError_t launch_query_persistent(const BackwardParams& params, int device, cudaStream_t stream) {
+    static std::atomic<uint64_t> allowed{0};
+    using Kernel = PersistentQueryBackward<T, kHeadDim, kMaskedKeys>;
+    return launch_backward<Kernel>(backward_query_persistent<T, kHeadDim, kMaskedKeys>,
+                                   one_each(RowWork::count(params), device), params, device, stream, allowed,
+                                   Start::kAfterOthers);
+}
+
 template <typename T, int kHeadDim, bool kRelativePosition>
 cudaError_t launch_query(const BackwardParams& params, int device, cudaStream_t stream) {
-    return params.mask_keys ? launch_query_variant<T, kHeadDim, kRelativePosition, true, false>(params, device, stream)
-                            : launch_query_variant<T, kHeadDim, kRelativePosition, false, false>(params, device, stream);
+    if constexpr (kHeadDim > 64 && !kRelativePosition) {
+        return params.mask_keys ? launch_query_persistent<T, kHeadDim, true>(params, device, stream)
+                                : launch_query_persistent<T, kHeadDim, false>(params, device, stream);
+    } else {
+        return params.mask_keys ? launch_query_variant<T, kHeadDim, kRelativePosition, true, false>(params, device, stream)
+                                : launch_query_variant<T, kHeadDim, kRelativePosition, false, false>(params, device, stream);
+    }
 }
 
 template <typename T, int kHeadDim>
@@ -50,23 +66,31 @@ cudaError_t launch_backward_query(const BackwardParams& params, int device, cuda
                                     : launch_query<T, kHeadDim, false>(params, device, stream);
 }
 
-template <typename T, int kHeadDim, bool kRelativePosition, bool kDropout>
+template <typename T, int kHeadDim, bool kDropout>
 cudaError_t launch_key_variant(const BackwardParams& params, int device, cudaStream_t stream) {
     static std::atomic<uint64_t> allowed{0};
     const dim3 blocks(2 * params.key_grid.num_blocks, params.query_heads / params.heads_per_key_head, params.batch);
-    return launch_backward<KeyBackward<T, kHeadDim, kRelativePosition, kDropout>>(
-        backward_key<T, kHeadDim, kRelativePosition, kDropout>, blocks, params, device, stream, allowed, Start::kOverlapping);
+    return launch_backward<KeyBackward<T, kHeadDim, kDropout>>(backward_key<T, kHeadDim, kDropout>, blocks, params, device,
+                                                               stream, allowed, Start::kOverlapping);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_key_persistent(const BackwardParams& params, int device, cudaStream_t stream) {
+    static std::atomic<uint64_t> allowed{0};
+    using Kernel = PersistentKeyBackward<T, kHeadDim>;
+    return launch_backward<Kernel>(backward_key_persistent<T, kHeadDim>, one_each(Kernel::thread_blocks(params), device),
+                                   params, device, stream, allowed, Start::kOverlapping);
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_backward_key(const BackwardParams& params, int device, cudaStream_t stream) {
     if constexpr (compiled_with_dropout(kHeadDim)) {
-        if (params.dropout.seed != nullptr) return launch_key_variant<T, kHeadDim, true, true>(params, device, stream);
+        if (params.dropout.seed != nullptr) return launch_key_variant<T, kHeadDim, true>(params, device, stream);
     } else if (params.dropout.seed != nullptr) {
         return cudaErrorInvalidValue;
     }
-    return params.relative_position ? launch_key_variant<T, kHeadDim, true, false>(params, device, stream)
-                                    : launch_key_variant<T, kHeadDim, false, false>(params, device, stream);
+    return params.relative_position ? launch_key_variant<T, kHeadDim, false>(params, device, stream)
+                                    : launch_key_persistent<T, kHeadDim>(params, device, stream);
 }
 
 template <typename T, int kHeadDim, bool kRelativePosition>

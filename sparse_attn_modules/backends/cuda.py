@@ -31,7 +31,7 @@ _FUSED_RELATIVE_POSITION_HEAD_DIMS = (64, 80)  # as in kernels/sm90/launch.h
 _FUSED_RELATIVE_POSITION_SCALES = (2.0**-10, 2.0**4)
 # Key blocks per query block, on average, from which on the fused backward kernel is faster than the pair: what it does
 # once for a block of queries is then worth it. Measured on an H200; the number of tokens hardly matters.
-_FUSED_KEY_BLOCKS = {32: 4.5, 64: 4.5, 80: 2.5, 96: 3.5, 128: 3.5}  # by native head_dim
+_FUSED_KEY_BLOCKS = {32: 16.0, 64: 8.0, 80: 6.0, 96: 8.0, 128: 14.0}  # by native head_dim
 _FUSED_KEY_BLOCKS_RELATIVE_POSITION = 5.0
 _MAX_KNOWN_DENSITIES = 256
 _MAX_TILES = (8192, 65536)  # rows and columns that a block's packed coordinates hold
@@ -48,7 +48,7 @@ _library.define(
     "backward_sm90(Tensor query, Tensor key, Tensor value, Tensor grad_out, Tensor out, Tensor lse, Tensor? grad_lse, "
     "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!) statistics, "
     "Tensor(e!)? grad_rel_h, Tensor(f!)? grad_rel_w, Tensor(g!)? rel_w_sums, Tensor(h!)? grad_query_sums, "
-    "Tensor(i!)? progress, Tensor(j!)? rel_offsets, Tensor(k!)? rel_sums, Tensor? key_counts, Tensor? key_indices, "
+    "Tensor(i!) progress, Tensor(j!)? rel_offsets, Tensor(k!)? rel_sums, Tensor? key_counts, Tensor? key_indices, "
     "Tensor? row_order, Tensor? query_counts, Tensor? query_indices, Tensor? rel_h, Tensor? rel_w, "
     "Tensor? key_padding_mask, Tensor? dropout_seed, int[] query_grid, int[] key_grid, float scale, "
     "float dropout_p) -> ()"
@@ -157,12 +157,13 @@ def _launch_backward(
         else:
             rel_w_sums = workspace(columns, _BLOCK_TOKENS * width)
         rel_h, rel_w = _aligned(rel_h), _aligned(rel_w)
-    grad_query_sums = progress = None
+    # Blocks of keys taken; fused: [B, Hk] of them added, [B, Hq, Q, 2] half blocks of queries done: kernels/params.h
+    grad_query_sums, progress_size = None, 1
     if fuses:
         grad_query_sums = workspace(_BLOCK_TOKENS, _native_head_dim(query.shape[3]))
         batch, heads, blocks = places
-        # Blocks of keys taken, [B, Hk] of them added, [B, Hq, Q, 2] half blocks of queries finished: kernels/params.h
-        progress = query.new_empty(1 + batch * (inputs.key.shape[1] + heads * blocks * 2), dtype=torch.int32)
+        progress_size += batch * (inputs.key.shape[1] + heads * blocks * 2)
+    progress = query.new_empty(progress_size, dtype=torch.int32)
     lists: tuple[Tensor | None, ...] = (None,) * 5
     if not inputs.is_dense:
         lists = (inputs.key_counts, inputs.key_indices, inputs.row_order, inputs.query_counts, inputs.query_indices)

@@ -95,6 +95,28 @@ def test_many_blocks_per_row(head_dim: int, dtype: torch.dtype, relative: bool, 
     _check(case, oracle, with_lse=True)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("key_heads", [16, 4])
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 80, 96, 128])
+def test_thread_blocks_that_stay_for_many_rows(head_dim: int, key_heads: int, drawn_cuda_case, oracle) -> None:
+    """More rows than multiprocessors, of unequal length, some empty; keys that many, few or no queries attend to."""
+    torch.manual_seed(head_dim)
+    case = drawn_cuda_case(0)
+    grid = TokenGrid(8 * 8 - 3, 2 * 16 - 1, prefix=3)
+    blocks = torch.rand(4, 16, grid.num_blocks, grid.num_blocks, device="cuda")
+    blocks = blocks < torch.linspace(0.1, 0.9, grid.num_blocks, device="cuda")
+    blocks[:, :, :, 1::5] = False
+    blocks[:, 3::4, 2::3] = False
+    blocks[1, :5] = False
+    case.query, case.key, case.value = (
+        torch.randn(4, heads, grid.num_tokens, head_dim, device="cuda", dtype=torch.bfloat16)
+        for heads in (16, key_heads, key_heads)
+    )
+    case.mask, case.relative_position = BlockMask(blocks, grid), None
+    case.key_padding_mask = torch.rand(4, grid.num_tokens, device="cuda") < 0.2
+    _check(case, oracle, with_lse=True)
+
+
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-3])
 def test_any_scale(scale: float, drawn_cuda_case, oracle) -> None:
     case = drawn_cuda_case(5)
@@ -123,12 +145,15 @@ def test_nothing_attended_gives_zeros(head_dim: int, relative: bool) -> None:
 class _Step:
     """A fixed training step; one call returns all gradients."""
 
-    def __init__(self, head_dim: int = 64, seed: int = 0) -> None:
+    def __init__(self, head_dim: int = 64, seed: int = 0, relative: bool = True) -> None:
         generator = torch.Generator("cuda").manual_seed(seed)
         grid = TokenGrid(40, 40, prefix=1)
-        blocks = torch.rand(1, 4, grid.num_blocks, grid.num_blocks, device="cuda", generator=generator) < 0.5
+        # Without a relative position thread blocks stay for several blocks of queries or keys, if there are enough.
+        batch, heads = (2, 4) if relative else (4, 8)
+        blocks = torch.rand(1, heads, grid.num_blocks, grid.num_blocks, device="cuda", generator=generator) < 0.5
         self.mask = BlockMask(blocks, grid)
-        shapes = [(2, 4, grid.num_tokens, width) for width in (head_dim, head_dim, head_dim, 40, 40, head_dim)]
+        widths = [head_dim] * 3 + ([40, 40] if relative else []) + [head_dim]
+        shapes = [(batch, heads, grid.num_tokens, width) for width in widths]
         *self.leaves, self.grad_out = (
             torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) for shape in shapes
         )
@@ -136,7 +161,7 @@ class _Step:
             leaf.requires_grad_()
 
     def forward(self, *leaves: Tensor) -> Tensor:
-        return block_sparse_attention(*leaves[:3], self.mask, relative_position=leaves[3:5], backend="cuda")
+        return block_sparse_attention(*leaves[:3], self.mask, relative_position=leaves[3:] or None, backend="cuda")
 
     def __call__(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.forward(*self.leaves), self.leaves, self.grad_out)
@@ -146,9 +171,10 @@ def _equal(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(first, second))
 
 
+@pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_thousand_runs_are_one(head_dim: int) -> None:
-    step = _Step(head_dim)
+def test_a_thousand_runs_are_one(head_dim: int, relative: bool) -> None:
+    step = _Step(head_dim, relative=relative)
     first = step()
     deviations = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
@@ -157,9 +183,10 @@ def test_a_thousand_runs_are_one(head_dim: int) -> None:
     assert int(deviations) == 0
 
 
+@pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 80])
-def test_two_streams_and_threads(head_dim: int) -> None:
-    steps = [_Step(head_dim, seed) for seed in range(2)]
+def test_two_streams_and_threads(head_dim: int, relative: bool) -> None:
+    steps = [_Step(head_dim, seed, relative) for seed in range(2)]
     expected = [step() for step in steps]
     torch.cuda.synchronize()
 
@@ -174,8 +201,9 @@ def test_two_streams_and_threads(head_dim: int) -> None:
         assert all(pool.map(repeat, range(2)))
 
 
-def test_cuda_graph_of_a_training_step() -> None:
-    step = _Step()
+@pytest.mark.parametrize("relative", [True, False])
+def test_cuda_graph_of_a_training_step(relative: bool) -> None:
+    step = _Step(relative=relative)
     expected = step()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -233,7 +233,7 @@ def test_chosen_by_key_blocks_and_determinism(relative: bool, monkeypatch: pytes
         places = torch.rand(1, 1, grid.num_blocks, grid.num_blocks, device="cuda").argsort(-1)
         return BlockMask(places < count, grid)
 
-    dense, few, enough = BlockMask.dense(grid, device="cuda"), with_key_blocks(3), with_key_blocks(6)
+    dense, few, enough = BlockMask.dense(grid, device="cuda"), with_key_blocks(3), with_key_blocks(10)
     assert step(dense)
     for mask in (few, enough):
         step(mask)  # finds out how many there are
