@@ -162,10 +162,12 @@ struct PersistentKeyBackward {
         uint32_t key_parity = 0;
         int stored = -1;  // stage whose gradients this thread's last copies may still read
         const auto release_stored = [&] {
-            if (!is_leader || stored < 0) return;
-            tma_store_wait_read();
-            barrier_arrive(&state.free[stored]);
-            stored = -1;
+            if (is_leader && stored >= 0) {
+                tma_store_wait_read();
+                barrier_arrive(&state.free[stored]);
+                stored = -1;
+            }
+            __syncwarp();  // products follow
         };
 
         while (true) {

@@ -144,10 +144,12 @@ struct PersistentQueryBackward {
         uint32_t grad_out_parity = 0;
         int stored = -1;  // place whose gradient this thread's last copy may still read
         const auto release_stored = [&] {
-            if (!is_leader || stored < 0) return;
-            tma_store_wait_read();
-            barrier_arrive(&storage.query_free[stored]);
-            stored = -1;
+            if (is_leader && stored >= 0) {
+                tma_store_wait_read();
+                barrier_arrive(&storage.query_free[stored]);
+                stored = -1;
+            }
+            __syncwarp();  // products follow
         };
 
         for (int index = blockIdx.x; index < RowWork::count(params); index += gridDim.x) {
@@ -220,7 +222,11 @@ struct PersistentQueryBackward {
                 barrier_leave(&storage.key_free[keys.place]);
                 keys.advance();
             }
-            if (count > 0) grad_out_parity ^= 1;
+            if (count > 0) {
+                grad_out_parity ^= 1;
+            } else {
+                barrier_wait(&storage.known_full[rows.place], rows.parity);  // or that warp may fall behind by a round
+            }
 
             write_statistics(params, block_of_code(params.query_grid, query_block), work.head, work.entry, offset, delta);
             release_stored();

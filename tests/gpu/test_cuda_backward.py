@@ -117,6 +117,30 @@ def test_thread_blocks_that_stay_for_many_rows(head_dim: int, key_heads: int, dr
     _check(case, oracle, with_lse=True)
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_long_runs_of_rows_without_keys(head_dim: int) -> None:
+    """Nothing may wait for what such rows do not need, nor run ahead of what they do not wait for."""
+    grid = TokenGrid(8 * 8 - 3, 2 * 16 - 1, prefix=3)
+    blocks = torch.zeros(8, 16, grid.num_blocks, grid.num_blocks, dtype=torch.bool, device="cuda")
+    some = (6, 13)
+    blocks[some] = torch.rand(grid.num_blocks, grid.num_blocks, device="cuda") < 0.5
+    blocks[some][:5] = False
+    tensors = [torch.randn(8, 16, grid.num_tokens, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+
+    def grads(part: tuple[slice, slice]) -> tuple[Tensor, ...]:
+        *leaves, grad_out = (tensor[part].detach().requires_grad_() for tensor in tensors)
+        out = block_sparse_attention(*leaves, BlockMask(blocks[part], grid), backend="cuda")
+        return torch.autograd.grad(out, leaves, grad_out.detach())
+
+    alone = grads(tuple(slice(i, i + 1) for i in some))
+    for _ in range(30):
+        for grad, expected in zip(grads((slice(None), slice(None))), alone):
+            assert torch.equal(grad[some], expected[0, 0])
+            grad[some] = 0
+            assert not grad.any()
+
+
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-3])
 def test_any_scale(scale: float, drawn_cuda_case, oracle) -> None:
     case = drawn_cuda_case(5)
