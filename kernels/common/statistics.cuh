@@ -40,6 +40,18 @@ __device__ __forceinline__ void exponentiate(float (&scores)[32], int i, float s
     }
 }
 
+// Gradients of the logits, of this thread's two queries, as an operand of the product with the keys.
+template <typename T, int kSteps>
+__device__ __forceinline__ void pack_score_gradients(uint32_t (&packed)[kSteps][4], const float (&weights)[8 * kSteps],
+                                                     const float (&grads)[8 * kSteps], const float (&delta)[2]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kSteps; i++) {
+        const float x = weights[2 * i] * (grads[2 * i] - delta[i % 2]);
+        const float y = weights[2 * i + 1] * (grads[2 * i + 1] - delta[i % 2]);
+        packed[i / 4][i % 4] = pack<T>(x, y);
+    }
+}
+
 // Bias values of one 8 x 16 tile of keys for half a block of queries. A warp's 16 keys are one row of the tile, so that
 // rel_h is part of the offset; those of rel_w arrive transposed, as the products have them.
 template <typename T>

@@ -76,6 +76,19 @@ __device__ __forceinline__ void with_map(const TensorMaps& maps, BlockCode code,
     }
 }
 
+// Fetches part of a block into chunks of 64 columns; called by a whole warp.
+template <int kChunks>
+__device__ __forceinline__ void load_chunks(unsigned char* tile, int chunk_bytes, const TensorMaps& maps, BlockCode block,
+                                            TileCoordinates at, uint64_t* full) {
+    with_map(maps, block, [&](const CUtensorMap* map) {
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; chunk++) {
+            at.column = 64 * chunk;
+            tma_load(tile + chunk * chunk_bytes, map, at, full);
+        }
+    });
+}
+
 // The first of the two query rows (the second lies 8 below) that a consumer thread holds in its accumulators.
 __device__ __forceinline__ int query_row_of_thread() { return threadIdx.x / 32 % 8 * 16 + threadIdx.x % 32 / 4; }
 

@@ -139,4 +139,13 @@ __device__ __forceinline__ void wgmma_output(float (&d)[kColumns / 2], const uin
 #undef WGMMA_OUTPUT
 }
 
+// Accumulator += A B of kSteps times 16 rows of B.
+template <typename T, int kColumns, int kSteps>
+__device__ __forceinline__ void issue_output(float (&d)[kColumns / 2], const uint32_t (&a)[kSteps][4], int b_rows) {
+#pragma unroll
+    for (int step = 0; step < kSteps; step++) {
+        wgmma_output<T, kColumns>(d, a[step], tile_descriptor(b_rows + step * kDepthStepDownRows));
+    }
+}
+
 }  // namespace sparse_attn

@@ -154,10 +154,7 @@ struct FusedBackward {
 
     // Called by a warp that has added all of its part of a block of keys' dQ.
     static __device__ __forceinline__ void tell_added(Storage& storage, int key_slot) {
-        if constexpr (kFinishes) {
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(&storage.added[key_slot]);
-        }
+        if constexpr (kFinishes) barrier_leave(&storage.added[key_slot]);
     }
 
     // Bits of the packed weights of this thread's two keys that may stay.

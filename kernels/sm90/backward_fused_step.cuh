@@ -77,17 +77,15 @@ struct FusedStep {
 
     // dP^T of the warpgroup's keys.
     static __device__ __forceinline__ void issue_scores(float (&scores)[kQueries / 2], int values, int grad_outs) {
-        issue_products<64>(scores, values, grad_outs);
-        wgmma_commit();
+        sparse_attn::issue_scores<T, kHeadDim>(scores, values, kKeyChunkBytes, grad_outs, kQueryChunkBytes);
     }
-    // The second chunk of `keys` starts at column kSplit. From column 40 of 80 on, a step's 32 bytes lie at byte 48 of the
+    // The second chunk of `keys` starts at column kKeySplit. From column 40 of 80 on, a step's 32 bytes lie at byte 48 of the
     // row: the swizzle is of the sum of start and offset, so that they need not be aligned to their size.
-    template <int kSplit>
     static __device__ __forceinline__ void issue_products(float (&scores)[kQueries / 2], int keys, int queries) {
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; step++) {
             const int along = step % 4 * kDepthStepAlongRows;
-            const int key_along = step < 4 ? along : (kKeyChunkBytes >> 4) + (16 * step - kSplit) * kDepthStepAlongRows / 16;
+            const int key_along = step < 4 ? along : (kKeyChunkBytes >> 4) + (16 * step - kKeySplit) * kDepthStepAlongRows / 16;
             const uint64_t a = tile_descriptor(keys + key_along);
             const uint64_t b = tile_descriptor(queries + step / 4 * (kQueryChunkBytes >> 4) + along);
             if (step == 0) {
@@ -112,11 +110,11 @@ struct FusedStep {
         const int queries = tile_along_rows(storage.query[query_slot]);
         if constexpr (kRelativePosition) {
             const int rel_w = tile_along_rows(storage.bias[slot].rel_w);  // not made between the products
-            issue_products<kKeySplit>(scores, keys, queries);
+            issue_products(scores, keys, queries);
 #pragma unroll
             for (int i = 0; i < 2; i++) wgmma_output<T, kQueries, false>(scores, factors[i], narrow_tile_descriptor(rel_w));
         } else {
-            issue_products<kKeySplit>(scores, keys, queries);
+            issue_products(scores, keys, queries);
         }
         wgmma_commit();
     }
@@ -124,10 +122,7 @@ struct FusedStep {
     // dV += P^T dO, or dK += dS^T Q
     static __device__ __forceinline__ void issue_gradient(float (&gradient)[kHeadDim / 2],
                                                           const uint32_t (&a)[kQueries / 16][4], int queries) {
-#pragma unroll
-        for (int step = 0; step < kQueries / 16; step++) {
-            wgmma_output<T, kHeadDim>(gradient, a[step], tile_descriptor(queries + step * kDepthStepDownRows));
-        }
+        issue_output<T, kHeadDim>(gradient, a, queries);
         wgmma_commit();
     }
 

@@ -22,17 +22,6 @@ struct PrepareBackward {
         uint64_t full;
     };
 
-    static __device__ __forceinline__ void load(unsigned char (&tile)[kChunks][kChunkBytes], const TensorMaps& maps,
-                                                BlockCode block, TileCoordinates at, uint64_t* full) {
-        with_map(maps, block, [&](const CUtensorMap* map) {
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; chunk++) {
-                at.column = 64 * chunk;
-                tma_load(tile[chunk], map, at, full);
-            }
-        });
-    }
-
     static __device__ __forceinline__ void run(const BackwardParams& params, Storage& storage) {
         let_next_kernel_begin();
         const GridParams& grid = params.query_grid;
@@ -51,8 +40,8 @@ struct PrepareBackward {
         if (threadIdx.x < 32) {
             const TileCoordinates at = half_block_at(grid, block, half, head, batch);
             barrier_arrive_expect(&storage.full, 2 * kChunks * kChunkBytes);
-            load(storage.grad_out, params.grad_out, block, at, &storage.full);
-            load(storage.out, params.out, block, at, &storage.full);
+            load_chunks<kChunks>(storage.grad_out[0], kChunkBytes, params.grad_out, block, at, &storage.full);
+            load_chunks<kChunks>(storage.out[0], kChunkBytes, params.out, block, at, &storage.full);
         }
         float4* const sums = query_sums_of_thread<kHeadDim>(params.grad_query_sums, int(any_half_block));
 #pragma unroll
@@ -128,15 +117,7 @@ struct FinishQueryGradient {
         fence_async_proxy();
         __syncthreads();
         if (threadIdx.x != 0) return;
-        TileCoordinates at = half_block_at(grid, block, blockIdx.x % 2, head, batch);
-        with_map(params.grad_query, block, [&](const CUtensorMap* map) {
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; chunk++) {
-                at.column = 64 * chunk;
-                tma_store(map, storage.tile + chunk * kChunkBytes, at);
-            }
-        });
-        tma_store_commit();
+        store_half_block<kChunks>(params.grad_query, grid, block, blockIdx.x % 2, head, batch, storage.tile, kChunkBytes);
         tma_store_wait_read();
     }
 };

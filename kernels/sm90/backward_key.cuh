@@ -60,22 +60,11 @@ struct KeyBackward {
     };
 
     // Copies are issued by a whole warp.
-    static __device__ __forceinline__ void load(unsigned char* tile, const TensorMaps& maps, BlockCode block,
-                                                TileCoordinates at, uint64_t* full) {
-        with_map(maps, block, [&](const CUtensorMap* map) {
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; chunk++) {
-                at.column = 64 * chunk;
-                tma_load(tile + chunk * kChunkBytes, map, at, full);
-            }
-        });
-    }
-
     static __device__ __forceinline__ void load_keys(Storage& storage, const BackwardParams& params, const Place& place) {
         const TileCoordinates at = half_block_at(params.key_grid, place.block, place.half, place.head, place.batch);
         barrier_arrive_expect(&storage.key_full, 2 * kTileBytes);
-        load(storage.key, params.key, place.block, at, &storage.key_full);
-        load(storage.value, params.value, place.block, at, &storage.key_full);
+        load_chunks<kChunks>(storage.key, kChunkBytes, params.key, place.block, at, &storage.key_full);
+        load_chunks<kChunks>(storage.value, kChunkBytes, params.value, place.block, at, &storage.key_full);
     }
 
     // Walks over the half blocks of queries and fetches one at a time.
@@ -96,21 +85,13 @@ struct KeyBackward {
             const bool has_bias = part_of(place.block) == kImage && (!kDropout || params.relative_position);
             barrier_arrive_expect(full, 2 * kTileBytes + sizeof(storage.statistics[0]) + (has_bias ? sizeof(Bias) : 0));
             const TileCoordinates at = half_block_at(params.query_grid, block, half, list.head, place.batch);
-            load(storage.query[stage], params.query, block, at, full);
-            load(storage.grad_out[stage], params.grad_out, block, at, full);
+            load_chunks<kChunks>(storage.query[stage], kChunkBytes, params.query, block, at, full);
+            load_chunks<kChunks>(storage.grad_out[stage], kChunkBytes, params.grad_out, block, at, full);
             const int half_block = 2 * block_of_code(params.query_grid, block) + half;
             load_statistics(storage.statistics[stage], params, half_block, list.head, place.batch, full);
             if (has_bias) storage.bias[stage].load(params, block, at, place.block, full);
         }
     };
-
-    static __device__ __forceinline__ void issue_gradient(float (&gradient)[kHeadDim / 2], const uint32_t (&a)[4][4],
-                                                          int queries) {
-#pragma unroll
-        for (int step = 0; step < 4; step++) {
-            wgmma_output<T, kHeadDim>(gradient, a[step], tile_descriptor(queries + step * kDepthStepDownRows));
-        }
-    }
 
     // Random words of the rows of weights of two neighbouring queries, whose number is the lane's.
     static __device__ __forceinline__ uint2 dropout_rows_of_lane(const BackwardParams& params, const QueryPlace& query,
@@ -222,8 +203,8 @@ struct KeyBackward {
             pin_registers(grad_value);
             pin_registers(grad_key);
             wgmma_fence();
-            issue_gradient(grad_value, a_weights, grad_out_rows + stage * kStageDistance);
-            issue_gradient(grad_key, a_grads, query_rows + stage * kStageDistance);
+            issue_output<T, kHeadDim>(grad_value, a_weights, grad_out_rows + stage * kStageDistance);
+            issue_output<T, kHeadDim>(grad_key, a_grads, query_rows + stage * kStageDistance);
             wgmma_commit();
             wgmma_wait<0>(grad_value);
             pin_registers(grad_key);

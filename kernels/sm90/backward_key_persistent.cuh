@@ -143,14 +143,6 @@ struct PersistentKeyBackward {
         barrier_arrive_expect(&state.full[stages.place], 0);
     }
 
-    static __device__ __forceinline__ void issue_gradient(float (&gradient)[kHeadDim / 2], const uint32_t (&a)[4][4],
-                                                          int queries) {
-#pragma unroll
-        for (int step = 0; step < 4; step++) {
-            wgmma_output<T, kHeadDim>(gradient, a[step], tile_descriptor(queries + step * kDepthStepDownRows));
-        }
-    }
-
     static __device__ __forceinline__ void consume(const BackwardParams& params, Tiles& tiles, State& state, int team) {
         const int lane = threadIdx.x % 32;
         const bool is_leader = threadIdx.x % 128 == 0;
@@ -221,8 +213,8 @@ struct PersistentKeyBackward {
                 pin_registers(grad_value);
                 pin_registers(grad_key);
                 wgmma_fence();
-                issue_gradient(grad_value, a_weights, grad_out_rows + stage * kStageDistance);
-                issue_gradient(grad_key, a_grads, query_rows + stage * kStageDistance);
+                issue_output<T, kHeadDim>(grad_value, a_weights, grad_out_rows + stage * kStageDistance);
+                issue_output<T, kHeadDim>(grad_key, a_grads, query_rows + stage * kStageDistance);
                 wgmma_commit();
                 wgmma_wait<0>(grad_value);
                 pin_registers(grad_key);

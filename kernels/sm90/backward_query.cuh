@@ -256,12 +256,7 @@ struct QueryBackward {
                 drop_keys(grads, params.dropout, rows, BlockPlace(params.key_grid, key_block), first_slot);
             }
             uint32_t a[kKeys / 16][4];
-#pragma unroll
-            for (int i = 0; i < kKeys / 4; i++) {
-                const float x = weights[2 * i] * (grads[2 * i] - delta[i % 2]);
-                const float y = weights[2 * i + 1] * (grads[2 * i + 1] - delta[i % 2]);
-                a[i / 4][i % 4] = pack<T>(x, y);
-            }
+            pack_score_gradients<T>(a, weights, grads, delta);
             const bool has_bias = part_of(key_block) == kImage && (!kDropout || params.relative_position);
             if constexpr (kRelativePosition) {
                 if (has_bias) storage.sums.enter_row(params, key_block >> kCodeRowShift, tile_row);
@@ -271,10 +266,7 @@ struct QueryBackward {
             pin_registers(grad);
             wgmma_fence();
             const int key_rows = first_key_rows + stage * kStageDistance;
-#pragma unroll
-            for (int k = 0; k < kKeys / 16; k++) {
-                wgmma_output<T, kHeadDim>(grad, a[k], tile_descriptor(key_rows + k * kDepthStepDownRows));
-            }
+            issue_output<T, kHeadDim>(grad, a, key_rows);
             if constexpr (kRelativePosition) {
 #pragma unroll
                 for (int k = 0; k < kKeys / 16; k++) {

@@ -204,19 +204,10 @@ struct PersistentQueryBackward {
                 barrier_leave(&storage.value_free[value.place]);
                 if (i == count - 1) barrier_leave(&storage.grad_out_free);
                 uint32_t a[kBlockTokens / 16][4];
-#pragma unroll
-                for (int j = 0; j < kBlockTokens / 4; j++) {
-                    const float x = weights[2 * j] * (grads[2 * j] - delta[j % 2]);
-                    const float y = weights[2 * j + 1] * (grads[2 * j + 1] - delta[j % 2]);
-                    a[j / 4][j % 4] = pack<T>(x, y);
-                }
+                pack_score_gradients<T>(a, weights, grads, delta);
                 pin_registers(grad);
                 wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < kBlockTokens / 16; k++) {
-                    const int from = key_rows + keys.place * kPlaceDistance + k * kDepthStepDownRows;
-                    wgmma_output<T, kHeadDim>(grad, a[k], tile_descriptor(from));
-                }
+                issue_output<T, kHeadDim>(grad, a, key_rows + keys.place * kPlaceDistance);
                 wgmma_commit();
                 wgmma_wait<0>(grad);
                 barrier_leave(&storage.key_free[keys.place]);

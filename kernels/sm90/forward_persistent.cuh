@@ -65,14 +65,8 @@ struct PersistentForward {
 
     // The loads are called by the whole producer warp.
     static __device__ __forceinline__ void load_tile(unsigned char* tile, const TensorMaps& maps, BlockCode block,
-                                                     TileCoordinates at, uint64_t* barrier) {
-        with_map(maps, block, [&](const CUtensorMap* map) {
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; chunk++) {
-                at.column = 64 * chunk;
-                tma_load(tile + chunk * kChunkBytes, map, at, barrier);
-            }
-        });
+                                                     const TileCoordinates& at, uint64_t* barrier) {
+        load_chunks<kChunks>(tile, kChunkBytes, maps, block, at, barrier);
     }
 
     static __device__ __forceinline__ void load_query(Storage& storage, const ForwardParams& params, Ring ring,
@@ -161,10 +155,7 @@ struct PersistentForward {
                                                                int value) {
         pin_registers(out);
         wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 8; step++) {
-            wgmma_output<T, kHeadDim>(out, weights[step], tile_descriptor(value + step * kDepthStepDownRows));
-        }
+        issue_output<T, kHeadDim>(out, weights, value);
         wgmma_commit();
     }
 
